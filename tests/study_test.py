@@ -9,8 +9,9 @@ pytest.importorskip("seqio", reason="the study trains from tasks")
 
 import tiny_task  # noqa: E402, F401
 
-from distillspec_jax import gin_binding, study, study_lines, study_runs, study_tables  # noqa: E402
-from distillspec_jax.study_lines import Line, StudyTask  # noqa: E402
+from distillspec_jax.study import door, plots, runs, stage, tables, trials  # noqa: E402
+from distillspec_jax.study import lines as study_lines  # noqa: E402
+from distillspec_jax.study.lines import Line, StudyTask, Trial  # noqa: E402
 from distillspec_jax.types import ConfigError  # noqa: E402
 
 MINI = """
@@ -42,34 +43,45 @@ def test_the_lines_are_the_table_of_the_paper_and_its_controls():
     list(study_lines.lines("gsm8", 1))
 
 
+def test_trials_are_those_of_the_tasks():
+  assert {trial.name for trial in study_lines.trials("multi30k,gsm8k")} == {"multi30k-lossy", "multi30k-larger_target"}
+  assert {trial.kind for trial in study_lines.TRIALS} == set(trials.TRIALS)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-  """A study of one tiny task with two recipes."""
-  for name, width in (("target", 24), ("draft", 16)):
+  """A study of one tiny task with two recipes and every trial."""
+  for name, width in (("t5_target", 24), ("t5_draft", 16)):
     (tmp_path / f"{name}.gin").write_text(MINI.format(width=width))
-  files = (str(tmp_path / "target.gin"), str(tmp_path / "draft.gin"))
-  task = StudyTask("tiny", 8, 4, 8, *files, transfer="tiny_other_vocabulary")
-  monkeypatch.setattr(study_lines, "TASKS", {"tiny": task})
-  monkeypatch.setattr(study_runs, "TASKS", {"tiny": task})
-  monkeypatch.setattr(study_lines, "MAIN", ("on_policy_gkd", "tvd/data"))
-  monkeypatch.setattr(study_runs, "TEST", "validation")
-  monkeypatch.setattr(study_runs, "GAMMAS", (3, 5, 7))
+  files = (str(tmp_path / "t5_target.gin"), str(tmp_path / "t5_draft.gin"))
+  tasks = {"tiny_judged": StudyTask("tiny_judged", 8, 4, 8, *files, transfer="tiny_other_vocabulary")}
+  for module in (study_lines, stage):
+    monkeypatch.setattr(module, "TASKS", tasks)
+  monkeypatch.setattr(study_lines, "TRIALS", tuple(Trial("tiny_judged", kind) for kind in trials.TRIALS))
+  for module in (study_lines, trials, runs.lines, plots):
+    monkeypatch.setattr(module, "MAIN", ("on_policy_gkd", "tvd/data"))
+  monkeypatch.setattr(trials, "LENIENCES", (1.0, 0.1))
+  monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
+  monkeypatch.setattr(trials, "LARGER", {"num_decoder_layers": 2})
+  monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 20})
+  monkeypatch.setattr(trials, "TIMED_PROMPTS", 2)
+  monkeypatch.setattr(trials, "TIMED_ROUNDS", 1)
+  monkeypatch.setattr(stage, "TEST", "validation")
   return tmp_path
 
 
 def run(folder, *bindings):
   steps = [f"StudyConfig.{kind}_steps = 60" for kind in ("target", "draft", "distill")]
-  sizes = ["StudyConfig.seeds = 1", "StudyConfig.prompts = 6", "TASKS = 'tiny'"]
+  sizes = ["StudyConfig.seeds = 1", "StudyConfig.prompts = 6", "TASKS = 'tiny_judged'"]
   where = [f"OUTPUT_DIR = {str(folder / 'out')!r}", f"RESULTS_DIR = {str(folder / 'results')!r}"]
-  gin_binding.parse(["runs/study.gin"], [*where, *steps, *sizes, *bindings])
-  config = study._config()
-  return study_runs.run(config)
+  return runs.run(door.config_from_gin(["runs/study.gin"], [*where, *steps, *sizes, *bindings]))
 
 
 def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   assert run(small, "StudyConfig.budget_minutes = 0.0") == []
-  assert "budget of 0 minutes is used up: 0 of 3 lines" in capsys.readouterr().out
-  found = run(small)
+  assert "budget of 0 minutes is used up: 0 of 6 parts" in capsys.readouterr().out
+  parts = run(small)
+  found = [part for part in parts if "recipe" in part]
   assert [line["recipe"] for line in found] == ["none", "on_policy_gkd", "tvd/data"]
   for line in found:
     measured = line["measured"]
@@ -77,30 +89,61 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
     for t in (0, 1):
       efficiencies = [measured[f"tau_t{t}_gamma{gamma}"] for gamma in (3, 5, 7)]
       assert efficiencies == sorted(efficiencies) and 1 <= efficiencies[0] and efficiencies[-1] <= 8
+      if line["recipe"] != "none":  # the same texts: the gain is the ratio of the two block efficiencies
+        gain = measured[f"tau_t{t}_gamma7"] / found[0]["measured"][f"tau_t{t}_gamma7"]
+        assert np.isclose(measured[f"gain_t{t}_gamma7"], gain)
+        low, high = measured[f"gain_t{t}_gamma7_ci"]
+        assert low <= gain <= high
     assert line["transfer"]["tiny_other_vocabulary"]["prompts"] == 6
+  check_trials({part["kind"]: part["found"] for part in parts if "kind" in part})
   made = {path: path.stat().st_mtime_ns for path in (small / "results").glob("*.json")}
-  (small / "results" / "tiny-tvd_data-0.json").unlink()
+  (small / "results" / "tiny_judged-tvd_data-0.json").unlink()
   again = run(small)
   same = lambda line: {k: v for k, v in line.items() if k != "training_seconds"}
-  assert json.dumps(list(map(same, again))) == json.dumps(list(map(same, found)))
-  kept = [path for path, stamp in made.items() if path.stat().st_mtime_ns == stamp]
-  assert {path.name for path in kept} == {"tiny-none-0.json", "tiny-on_policy_gkd-0.json"}
-  text = study_tables.as_markdown(found)
-  assert "## tiny" in text and "| on_policy_gkd | 1 |" in text and "| none | 1 |" in text
+  assert json.dumps(list(map(same, again))) == json.dumps(list(map(same, parts)))
+  kept = [path.name for path, stamp in made.items() if path.stat().st_mtime_ns == stamp]
+  assert set(kept) == {path.name for path in made} - {"tiny_judged-tvd_data-0.json"}
+  text = tables.as_markdown(parts)
+  assert "## tiny_judged" in text and "| on_policy_gkd | 1 |" in text and "| none | 1 |" in text
   assert "The same drafts on tiny_other_vocabulary" in text and "| fkl |" in text
+  assert "Lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
+  drawn = plots.draw(parts)
+  assert set(drawn) == {"tiny_judged-block_efficiency", "tiny_judged-lossy", "tiny_judged-ladder"}
+  assert all(png.startswith(b"\x89PNG") for png in drawn.values())
+
+
+def check_trials(found):
+  """The trials' figures hang together."""
+  lossy = {(p["recipe"], p["temperature"], p["rule"], p["lenience"]): p for p in found["lossy"]}
+  assert len(lossy) == 2 * 3 * 2
+  for recipe in ("none", "on_policy_gkd"):  # lenience 1 is lossless: at T = 1 whatever the rule's name
+    exact = {lossy[recipe, 1.0, rule, 1.0]["tau"] for rule in ("lossy_lin", "lossy_exp")}
+    assert len(exact) == 1
+    assert lossy[recipe, 0.0, "lossy_exp", 0.1]["tau"] >= lossy[recipe, 0.0, "lossy_exp", 1.0]["tau"]
+  larger = found["larger_target"]
+  assert larger["parameters"]["larger"] > larger["parameters"]["target"]
+  assert [line["recipe"] for line in larger["lines"]] == ["none", "on_policy_gkd", "tvd/data"]
+  rungs = found["ladder"]["rungs"]
+  assert rungs["small"]["relative_latency"] == 1.0 and len(rungs) == 9
+  metric = tables.metric_of(rungs["large"])
+  for name in ("fine-tuned draft", "distilled draft"):  # lossless: the same texts, so the same quality
+    assert rungs[f"large, {name}"][metric] == rungs["large"][metric]
+    assert rungs[f"middle, taught, {name}"][metric] == rungs["middle, taught"][metric]
 
 
 def test_gains_are_over_the_draft_of_the_same_seed():
-  figure = lambda value: {f"{key}{ci}": [value, value] if ci else value for key, *_ in study_tables._COLUMNS for ci in ("", "_ci")}
-  of = lambda recipe, seed, value: {
-    "task": "x", "recipe": recipe, "seed": seed,
-    "measured": figure(value) | {"target_metrics": {"bleu": 3.0}, "prompts": 2},
+  keys = [key for key, *_ in tables._COLUMNS]
+  figure = lambda names, value: {f"{key}{ci}": [value - 0.1, value + 0.1] if ci else value for key in names for ci in ("", "_ci")}
+  of = lambda recipe, seed, value, **more: {
+    "task": "x", "recipe": recipe, "seed": seed, "transfer": {},
+    "measured": figure(keys, value) | more | {"target_metrics": {"bleu": 3.0, "bleu_ci": [2.0, 4.0]}, "prompts": 2},
   }  # fmt: skip
-  lines = [of("none", 0, 1.0), of("none", 1, 2.0), of("skd", 0, 1.1), of("skd", 1, 2.6)]
-  text = study_tables.as_markdown(lines)
+  gains = lambda value: figure(tables._GAINS, value)
+  lines = [of("none", 0, 1.0), of("none", 1, 2.0), of("skd", 0, 1.1, **gains(1.1)), of("skd", 1, 2.6, **gains(1.3))]
+  text = tables.as_markdown(lines)
   (row,) = [line for line in text.splitlines() if line.startswith("| skd")]
-  assert row.endswith("| +20% / +20% |") and "1.85 [1.10, 2.60]" in row
-  assert "bleu 3.0" in text and np.isclose(study_tables._mean(lines[:2], "alpha_t0"), 1.5)
+  assert row.endswith("| +20% [+0, +40] | +20% [+0, +40] |") and "1.85 [1.00, 2.70]" in row
+  assert "bleu 3.0 [2.0, 4.0]" in text
 
 
 @pytest.mark.parametrize("binding, message", [
@@ -108,6 +151,5 @@ def test_gains_are_over_the_draft_of_the_same_seed():
   ("StudyConfig.seeds = 0", "StudyConfig.seeds is 0"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path, binding, message):
-  gin_binding.parse(["runs/study.gin"], [f"OUTPUT_DIR = {str(tmp_path)!r}", binding])
   with pytest.raises(ConfigError, match=message):
-    study._config()
+    door.config_from_gin(["runs/study.gin"], [f"OUTPUT_DIR = {str(tmp_path)!r}", binding])

@@ -19,7 +19,12 @@ def _dataset(split, shuffle_files, seed=None):
   )
 
 
-def _add(name, vocabulary):
+def equal(targets, predictions):
+  """Percentage of equal texts."""
+  return {"equal": 100.0 * sum(map(str.__eq__, targets, predictions)) / len(targets)}
+
+
+def _add(name, vocabulary, metric_fns=()):
   if name not in seqio.TaskRegistry.names():
     feature = functools.partial(seqio.Feature, vocabulary=vocabulary, add_eos=True)
     seqio.TaskRegistry.add(
@@ -27,9 +32,10 @@ def _add(name, vocabulary):
       source=seqio.FunctionDataSource(_dataset, splits=tuple(COUNTS)),
       preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
       output_features={"inputs": feature(), "targets": feature()},
-      metric_fns=[],
+      metric_fns=list(metric_fns),
     )
 
 
 _add("tiny", seqio.ByteVocabulary())
 _add("tiny_other_vocabulary", seqio.ByteVocabulary(extra_ids=7))
+_add("tiny_judged", seqio.ByteVocabulary(), [equal])

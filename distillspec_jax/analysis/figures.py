@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -42,6 +42,7 @@ class Theme:
   series: tuple[str, ...]
 
 
+Drawing = Callable[[Any, Theme], None]  # draws into matplotlib's axes
 LIGHT = Theme("light", "#fffdf9", "#2b2a27", "#e4dfd5", ("#c79a5b", "#0f6b63", "#6b57a8", "#a83f5f", "#5f6a75"))
 DARK = Theme("dark", "#1b1d1f", "#e6e2d9", "#3a3d40", ("#b98a4a", "#2f9c90", "#8f7ddb", "#cf6b8e", "#7d8893"))
 
@@ -275,25 +276,27 @@ def _whisker(axes, theme: Theme, at: float, run: Run, key: str) -> None:
     axes.errorbar([at], [run[key]], errors, fmt="none", ecolor=theme.ink, elinewidth=1.4, capsize=3, zorder=4.5)
 
 
-def _figure(name: str, title: str, caption: str, draw) -> Figure:
-  png = {}
-  for theme in (LIGHT, DARK):
-    with _styled(theme):
-      figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
-      try:
-        draw(axes, theme)
-        handles, names = axes.get_legend_handles_labels()
-        if handles:
-          # Matplotlib lists lines before bars; what is no series belongs at the end.
-          handles, names = zip(*sorted(zip(handles, names), key=lambda pair: pair[1] == _BREAK_EVEN))
-          columns = min(len(names), 2 if len(names) in (2, 4) else 3)
-          figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-        png[theme.name] = buffer.getvalue()
-      finally:
-        plt.close(figure)
-  return Figure(name, title, caption, png)
+def _figure(name: str, title: str, caption: str, drawing: Drawing) -> Figure:
+  return Figure(name, title, caption, {theme.name: draw(drawing, theme) for theme in (LIGHT, DARK)})
+
+
+def draw(drawing: Drawing, theme: Theme) -> bytes:
+  """Draw one figure in a theme: PNG bytes, with a legend above where the drawing labels anything."""
+  with _styled(theme):
+    figure, axes = plt.subplots(figsize=_SIZE, layout="constrained")
+    try:
+      drawing(axes, theme)
+      handles, names = axes.get_legend_handles_labels()
+      if handles:
+        # Matplotlib lists lines before bars; what is no series belongs at the end.
+        handles, names = zip(*sorted(zip(handles, names), key=lambda pair: pair[1] == _BREAK_EVEN))
+        columns = min(len(names), 2 if len(names) in (2, 4) else 3)
+        figure.legend(handles, names, loc="outside upper center", ncols=columns, frameon=False)
+      buffer = io.BytesIO()
+      figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+      return buffer.getvalue()
+    finally:
+      plt.close(figure)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which runs the study consists of: its tasks, its table of methods, its seeds."""
+"""Which parts the study consists of: its tasks, the lines of its tables with their seeds, its trials."""
 
 from __future__ import annotations
 
@@ -78,6 +78,33 @@ class Line:
     return grid(divergence, source) if slash else METHODS[self.recipe]
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """A part of the study that is no line of the table.
+
+  Attributes:
+    task: a name of TASKS.
+    kind: of `trials.TRIALS`.
+  """
+
+  task: str
+  kind: str
+
+  @property
+  def name(self) -> str:
+    """The trial's file name, without its end."""
+    return f"{self.task}-{self.kind}"
+
+
+TRIALS = (Trial("multi30k", "lossy"), Trial("multi30k", "larger_target"), Trial("debian_synopsis", "ladder"))
+
+
+def trials(tasks: str) -> list[Trial]:
+  """Give the trials of some tasks; arguments and errors as `lines`'."""
+  chosen = _chosen(tasks)
+  return [trial for trial in TRIALS if trial.task in chosen]
+
+
 def lines(tasks: str, seeds: int) -> Iterator[Line]:
   """Give the study's lines, those that say most first.
 
@@ -88,16 +115,21 @@ def lines(tasks: str, seeds: int) -> Iterator[Line]:
   Raises:
     ConfigError: an unknown task.
   """
-  chosen = [name.strip() for name in tasks.split(",") if name.strip()]
-  for name in chosen:
-    if name not in TASKS:
-      raise ConfigError(f"unknown task {name!r} of the study; there are {', '.join(TASKS)}")
+  chosen = _chosen(tasks)
   for recipes in ((NONE, *MAIN), _whole_table()):
     for name in chosen:
       if recipes[0] == NONE or TASKS[name].whole_table:
         yield from (Line(name, recipe, 0) for recipe in recipes)
   for seed in range(1, seeds):
     yield from (Line(name, recipe, seed) for name in chosen for recipe in (NONE, *MAIN))
+
+
+def _chosen(tasks: str) -> list[str]:
+  chosen = [name.strip() for name in tasks.split(",") if name.strip()]
+  for name in chosen:
+    if name not in TASKS:
+      raise ConfigError(f"unknown task {name!r} of the study; there are {', '.join(TASKS)}")
+  return chosen
 
 
 def _whole_table() -> tuple[str, ...]:

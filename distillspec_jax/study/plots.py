@@ -1,0 +1,101 @@
+"""The study's finished parts as plots: PNG bytes, drawn from the JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distillspec_jax.analysis import figures
+from distillspec_jax.study import tables
+from distillspec_jax.study.lines import MAIN, NONE
+
+Parts = Sequence[Mapping[str, Any]]
+_TAU = {"greedy": "tau_t0_gamma7", "T = 1": "tau_t1_gamma7"}
+
+
+def draw(parts: Parts) -> dict[str, bytes]:
+  """Draw what there is something to draw of: {file name without its end: PNG bytes}."""
+  lines, trials = [part for part in parts if "recipe" in part], [part for part in parts if "kind" in part]
+  drawn = {}
+  for task in dict.fromkeys(line["task"] for line in lines):
+    drawn[f"{task}-block_efficiency"] = _block_efficiency([line for line in lines if line["task"] == task])
+    drawn |= {f"{task}-{name}": png for name, png in _rows([line for line in lines if line["task"] == task]).items()}
+  for trial in trials:
+    if trial["kind"] in _TRIALS:
+      drawn[trial["name"]] = _TRIALS[trial["kind"]](trial["found"])
+  return drawn
+
+
+def _block_efficiency(lines: Parts) -> bytes:
+  """Draw τ at γ = 7 of the main recipes, first seed, with its interval over prompts."""
+  runs = [line for line in lines if line["seed"] == 0 and line["recipe"] in (NONE, *MAIN)]
+  groups = {title: [_run(line, line["measured"], key) for line in runs] for title, key in _TAU.items()}
+  return figures.block_efficiency(groups, [line["recipe"] for line in runs]).png["light"]
+
+
+def _run(line: Mapping[str, Any], found: Mapping[str, Any], key: str) -> dict[str, Any]:
+  return {"label": line["recipe"], "block_efficiency": found[key], "block_efficiency_ci": found[f"{key}_ci"]}
+
+
+def _rows(lines: Parts) -> dict[str, bytes]:
+  """Draw the gain of each row of a mixture that the drafts were transferred to."""
+  chosen = [line for line in lines if line["seed"] == 0 and line["recipe"] == MAIN[0]]
+  drawn = {}
+  for line in chosen:
+    for name, found in line["transfer"].items():
+      if "rows" in found:
+        drawn[f"{name}-gain"] = _gains(found["rows"])
+  return drawn
+
+
+def _gains(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+  order = sorted(rows, key=lambda row: rows[row]["gain_t0_gamma7"])
+
+  def drawing(axes, theme):
+    for series, (title, key) in enumerate({"greedy": "gain_t0_gamma7", "T = 1": "gain_t1_gamma7"}.items()):
+      values = [100 * (rows[row][key] - 1) for row in order]
+      axes.plot(values, range(len(order)), "o", color=theme.series[series], label=title)
+    axes.axvline(0, color=theme.ink, lw=1, ls=":")
+    axes.set_yticks(range(len(order)), order, fontsize=6.5)
+    axes.set_xlabel("gain in block efficiency, γ = 7, %")
+
+  return figures.draw(drawing, figures.LIGHT)
+
+
+def _lossy(found: Parts) -> bytes:
+  """Draw quality against block efficiency, a line a rule and draft, a point a lenience."""
+  metric = tables.metric_of(found[0])
+
+  def drawing(axes, theme):
+    keys = dict.fromkeys((point["recipe"], point["temperature"], point["rule"]) for point in found)
+    for number, key in enumerate(keys):
+      points = [point for point in found if (point["recipe"], point["temperature"], point["rule"]) == key]
+      recipe, temperature, rule = key
+      color, style = theme.series[number % len(theme.series)], "--" if recipe == NONE else "-"
+      label = f"{recipe}, {rule if temperature else 'greedy'}"
+      values = [point["tau"] for point in points], [point[metric] for point in points]
+      axes.plot(*values, style, marker="o", ms=3, color=color, label=label)
+    axes.set_xlabel("block efficiency, γ = 7")
+    axes.set_ylabel(metric)
+
+  return figures.draw(drawing, figures.LIGHT)
+
+
+def _ladder(found: Mapping[str, Any]) -> bytes:
+  """Draw quality against relative latency, a point a rung."""
+  rungs = found["rungs"]
+  metric = tables.metric_of(next(iter(rungs.values())))
+
+  def drawing(axes, theme):
+    for number, (name, rung) in enumerate(rungs.items()):
+      color = theme.series[number % len(theme.series)]
+      mark = "D" if "gamma" in rung else "o"
+      axes.plot([rung["relative_latency"]], [rung[metric]], mark, color=color, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("latency, relative to the small model's")
+    axes.set_ylabel(metric)
+
+  return figures.draw(drawing, figures.LIGHT)
+
+
+_TRIALS = {"lossy": _lossy, "ladder": _ladder}

@@ -1,0 +1,149 @@
+"""The study's trials beside its table: lossy rules, a larger target, and smaller targets taught by the large one.
+
+Each takes the stage of its task and returns what belongs into its file, JSON-able.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from distillspec_jax import weights
+from distillspec_jax.analysis import gamma_choice, latency, measure
+from distillspec_jax.analysis.costs import Pair
+from distillspec_jax.study import lines
+from distillspec_jax.study.lines import MAIN, NONE, Line
+from distillspec_jax.study.stage import BATCH, DRAFT_RATE, TARGET_RATE, Stage, silently
+
+# At T = 0 there is no distribution to be lenient with: the three rules are one.
+LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
+LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
+LARGER = {"num_decoder_layers": 12}  # than the mini target's 6: nearly twice its parameters
+MIDDLE = {"emb_dim": 256, "num_heads": 4, "mlp_dim": 512, "num_decoder_layers": 3}
+TIMED_PROMPTS, TIMED_ROUNDS = 16, 5
+
+
+def lossy(stage: Stage) -> list[dict[str, Any]]:
+  """Trade quality for block efficiency: three rules by six leniences at T = 1, and their one greedy form at T = 0.
+
+  Returns:
+    For each draft, rule and lenience, the task's metrics and block efficiency, with intervals, of the same prompts.
+  """
+  examples = stage.examples(stage.task.name, 3 * stage.config.prompts)
+  found = []
+  for recipe in (NONE, MAIN[0]):
+    pair = _pair(stage.target(), stage.draft_of(Line(stage.task.name, recipe, 0)))
+    for (temperature, rule), lenience in itertools.product(LOSSY, LENIENCES):
+      config = stage.decoding(pair, temperature, rule=rule, lenience=lenience)
+      setting = {"recipe": recipe, "temperature": temperature, "rule": rule, "lenience": lenience}
+      found.append(setting | {"prompts": len(examples)} | _decoded(stage, examples, pair, config))
+      print(f"  {recipe}, T={temperature:g}, {rule} {lenience:g}: tau {found[-1]['tau']:.2f}", flush=True)
+  return found
+
+
+def larger_target(stage: Stage) -> dict[str, Any]:
+  """Put the drafts, distilled from the target, before a target about twice as large, trained alone on the same data.
+
+  Returns:
+    {"parameters": of both targets, "lines": [{"recipe", "seed", "measured": what `Stage.measured` gives}]}.
+  """
+  name = "larger_target"
+  directory = stage.fine_tuned(name, stage.task.target, stage.config.target_steps, 0, TARGET_RATE, LARGER)
+  larger, params = weights.load_model(directory)
+  _, usual = weights.load_model(stage.target())
+  found: dict[str, Any] = {"parameters": {"target": _size(usual), "larger": _size(params)}, "lines": []}
+  for line in lines.lines(stage.task.name, stage.config.seeds):
+    if line.recipe not in (NONE, *MAIN):
+      continue
+    pair = Pair(larger, params, *weights.load_model(stage.draft_of(line)))
+    base = None if line.recipe == NONE else stage.base(line.seed, stage.task.name, name, directory)
+    measured = stage.measured(pair, stage.task.name, name, base)
+    found["lines"].append({"recipe": line.recipe, "seed": line.seed, "measured": measured})
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rung:
+  """A target, and its draft (None: plain decoding)."""
+
+  target: str
+  draft: str | None = None
+
+
+def ladder(stage: Stage) -> dict[str, Any]:
+  """Teach a smaller target by the large one first, then distil a draft for it: quality against latency, greedy.
+
+  Every rung decodes the same prompts one by one, in turns with the others; γ is what `choose_gamma` gives for it.
+  Relative latency is a rung's time a prompt over that of the smallest model's plain decoding.
+  """
+  rungs = _rungs(stage)
+  examples = stage.examples(stage.task.name, stage.config.prompts)
+  timed = examples.encoder_input_tokens[:TIMED_PROMPTS]
+  loaded = {path: weights.load_model(path) for rung in rungs.values() for path in (rung.target, rung.draft) if path}
+  found, calls = {}, {}
+  for name, rung in rungs.items():
+    pair = Pair(*loaded[rung.target], *loaded[rung.draft or rung.target])
+    config = stage.decoding(pair, 0.0, decode_batch_size=1)
+    found[name] = {"parameters": _size(pair.target_params)}
+    if rung.draft is None:
+      found[name] |= _decoded(stage, examples, pair, config, measure.decode_plain)
+      calls[name] = functools.partial(measure.decode_plain, pair, timed, config, silently)
+      continue
+    choice = gamma_choice.choose_gamma(pair, timed, config)
+    config = dataclasses.replace(config, gamma=choice.gamma)
+    found[name] |= {"gamma": choice.gamma, "alpha": choice.alpha, "draft_parameters": _size(pair.draft_params)}
+    found[name] |= _decoded(stage, examples, pair, config)
+    calls[name] = functools.partial(measure.decode_speculatively, pair, timed, config, silently)
+  timings = latency.interleaved(calls, TIMED_ROUNDS)
+  shortest = timings["small"].median_ms
+  for name, timing in timings.items():
+    found[name] |= {"ms_a_prompt": timing.median_ms / len(timed), "relative_latency": timing.median_ms / shortest}
+  return {"rungs": found, "timed_prompts": len(timed), "rounds": TIMED_ROUNDS}
+
+
+def _decoded(stage: Stage, examples, pair: Pair, config, decode=measure.decode_speculatively) -> dict[str, Any]:
+  """Decode all examples, many at once: the task's metrics and, of speculative decoding, τ."""
+  config = dataclasses.replace(config, decode_batch_size=BATCH)
+  decoded = decode(pair, examples.encoder_input_tokens, config, silently)
+  if isinstance(decoded, measure.Rows):
+    return stage.quality(examples, decoded)
+  rows, summary = decoded
+  tau, low, high = summary.block_efficiency()
+  return stage.quality(examples, rows) | {"tau": tau, "tau_ci": [low, high]}
+
+
+def _rungs(stage: Stage) -> dict[str, _Rung]:
+  """Train what the ladder stands on; the small model is the draft itself."""
+  name, method = stage.task.name, MAIN[0]
+  large, small = stage.target(), stage.draft_of(Line(name, NONE, 0))
+  small_taught = stage.draft_of(Line(name, method, 0))
+  middle = stage.fine_tuned("middle", stage.task.target, stage.config.target_steps, 0, TARGET_RATE, MIDDLE)
+  taught = stage.distilled("middle-taught", method, large, middle, 0, TARGET_RATE)
+  draft = stage.distilled("draft-for-middle", method, taught, small, 0, DRAFT_RATE)
+  return {
+    "large": _Rung(large),
+    "large, fine-tuned draft": _Rung(large, small),
+    "large, distilled draft": _Rung(large, small_taught),
+    "middle": _Rung(middle),
+    "middle, taught": _Rung(taught),
+    "middle, taught, fine-tuned draft": _Rung(taught, small),
+    "middle, taught, distilled draft": _Rung(taught, draft),
+    "small": _Rung(small),
+    "small, taught": _Rung(small_taught),
+  }
+
+
+def _pair(target: str, draft: str) -> Pair:
+  return Pair(*weights.load_model(target), *weights.load_model(draft))
+
+
+def _size(params) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+TRIALS: Mapping[str, Callable[[Stage], Any]] = {"lossy": lossy, "larger_target": larger_target, "ladder": ladder}
