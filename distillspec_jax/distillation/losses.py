@@ -1,4 +1,4 @@
-"""The loss over a whole batch, unembedded in chunks of T: full-vocabulary logits [B, T, V] never exist."""
+"""The loss over a whole batch, unembedded in chunks of T (and of V): full-vocabulary logits [B, T, V] never exist."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from distillspec_jax.distillation import divergences
+from distillspec_jax.distillation.vocabulary_chunks import VocabularyChunks
+from distillspec_jax.models.language_model import Unembedding
 from distillspec_jax.types import ConfigError
 
 REDUCTIONS = ("sequence", "token")
@@ -57,6 +59,7 @@ def chunked_loss(
     targets: jax.Array | None = None,
     temperature: float = 1.0,
     chunk: int = 16,
+    vocab_chunk: int | None = None,
     reduction: str = "sequence",
     segments: jax.Array | None = None,
 ) -> LossSums:
@@ -79,30 +82,35 @@ def chunked_loss(
     targets: [B, T] int32, needed by cross-entropy.
     temperature: divides the logits of both.
     chunk: C, positions of T a chunk; T is padded up to a multiple.
+    vocab_chunk: v, tokens whose logits [B, C, v] exist at a time, 1 or more; the unembeddings must then be
+      `Unembedding`s. They run three times instead of once (without a gradient: twice). None, or V and more: all tokens.
     reduction: "sequence": the mean over a sequence's tokens, then over sequences (DistillSpec, Eq. 2); sequences
       without a counted token do not count. "token": the mean over all tokens of the batch.
     segments: [B, T] int32, 0 ... T, of packed rows: each id of a row is a sequence. None: each row is one.
 
   Raises:
-    ConfigError: an unknown divergence or reduction.
+    ConfigError: an unknown divergence or reduction; `vocab_chunk` without unembeddings that can be cut.
   """
   scored = divergence != divergences.CROSS_ENTROPY
   weights = weights.astype(jnp.float32)
   scale, count = _scale_and_count(weights, reduction, segments)
   reference = jax.lax.stop_gradient(teacher[1]) if scored else targets
   pieces = tuple(_split(array, chunk) for array in (student[1], reference, weights, weights * scale))
-  # What the unembeddings close over becomes explicit, because a custom gradient cannot reach into a closure.
-  unembed, student_leaves = jax.closure_convert(student[0], pieces[0][0])
-  teacher_unembed, teacher_leaves = jax.closure_convert(teacher[0], pieces[1][0]) if scored else (None, [])
-  make_chunk_sums = functools.partial(
-      _make_chunk_sums, unembed=unembed, teacher_unembed=teacher_unembed, temperature=temperature
-  )
+  unembeddings = (student[0], teacher[0]) if scored else (student[0],)
+  if _is_cut(unembeddings, vocab_chunk):
+    student_leaves, *teacher_leaves = [unembedding.weights for unembedding in unembeddings]
+    make = lambda value_of: _in_vocabulary_chunks(value_of, unembeddings, temperature, vocab_chunk)
+  else:
+    # What the unembeddings close over becomes explicit, because a custom gradient cannot reach into a closure.
+    closed = [jax.closure_convert(f, p[0]) for f, p in zip(unembeddings, pieces, strict=False)]
+    functions, (student_leaves, *teacher_leaves) = zip(*closed, strict=True)
+    make = lambda value_of: _in_whole_vocabularies(value_of, functions, temperature)
   value_of, mean = divergences.by_name(divergence), ()
   if isinstance(value_of, divergences.BatchDivergence):
     blind = jax.lax.stop_gradient((student_leaves, pieces[0], (teacher_leaves, ()), (*pieces[1:3], pieces[2])))
-    mean = (_sum_chunks(make_chunk_sums(value_of.statistic), *blind)[0] / jnp.maximum(jnp.sum(weights), 1.0),)
+    mean = (_sum_chunks(make(value_of.statistic)[0], *blind)[0] / jnp.maximum(jnp.sum(weights), 1.0),)
     value_of = value_of.value
-  sum_chunks = _with_gradient(make_chunk_sums(value_of))
+  sum_chunks = _with_gradient(*make(value_of))
   total, *rest = sum_chunks(student_leaves, pieces[0], (teacher_leaves, mean), pieces[1:])
   accepted, broken = jax.lax.stop_gradient(rest)
   return LossSums(total, count, accepted, jnp.sum(weights), broken)
@@ -129,29 +137,86 @@ def _scale_and_count(weights: jax.Array, reduction: str, segments: jax.Array | N
   raise ConfigError(f"unknown reduction {reduction!r}; there are {', '.join(REDUCTIONS)}")
 
 
-def _make_chunk_sums(value_of: Callable[..., jax.Array], unembed, teacher_unembed, temperature: float):
-  """Make the function of one chunk: -> (Σ weight·factor·value, Σ weight·acceptance, broken ones), scalars.
+def _is_cut(unembeddings: tuple[Unembed, ...], vocab_chunk: int | None) -> bool:
+  """Whether the vocabulary is worked on in chunks."""
+  if vocab_chunk is None:
+    return False
+  for unembedding in unembeddings:
+    if not isinstance(unembedding, Unembedding):
+      raise ConfigError(
+          f"vocab_chunk is {vocab_chunk}, but an unembedding is a {type(unembedding).__name__}, whose vocabulary cannot"
+          " be cut: give what LanguageModel.unembedding gives, or set vocab_chunk to None"
+      )
+  return vocab_chunk < unembeddings[0].vocab_size
 
-  It takes the leaves of the student's unembedding, its hidden states [B, C, E], (the leaves of the teacher's, what
-  `value_of` takes beside logits), and (teacher's hidden states [B, C, E] or targets [B, C], weights [B, C],
-  weights·factor [B, C]).
-  """
+
+# Of one chunk: (student's leaves, its hidden states [B, C, E], (teacher's leaves, what the divergence takes beside
+# logits), (teacher's hidden states [B, C, E] or targets [B, C], weights [B, C], weights·factor [B, C])) -> scalars
+# (Σ weight·factor·value, Σ weight·acceptance, broken ones).
+_ChunkSums = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+# Takes sums of the leaves' gradients first, then the same; gives these scalars, the sums of gradients with the chunk's
+# added, and the gradient to its hidden states.
+_ChunkGradients = Callable[..., tuple[Any, Any, jax.Array]]
+
+
+def _in_whole_vocabularies(value_of, functions, temperature: float) -> tuple[_ChunkSums, _ChunkGradients]:
+  """Make the functions of one chunk of T whose logits [B, C, V] exist."""
+  unembed, *teacher_unembed = functions
 
   def chunk_sums(student_leaves, hidden, fixed, rest):
     teacher_leaves, mean = fixed
     reference, weights, scaled = rest
     counted = weights > 0
     logits = unembed(_blank(hidden, counted), *student_leaves) / temperature
-    if teacher_unembed is None:
+    if not teacher_unembed:
       return _weighted(value_of(reference, logits), scaled), *_zeros()[1:]
-    teacher_logits = teacher_unembed(_blank(reference, counted), *teacher_leaves) / temperature
+    teacher_logits = teacher_unembed[0](_blank(reference, counted), *teacher_leaves[0]) / temperature
     accepted = divergences.acceptance(teacher_logits, jax.lax.stop_gradient(logits))
     # The log-probabilities are those that the divergence takes: compiled once.
     broken = jnp.isnan(jax.nn.log_softmax(teacher_logits.astype(jnp.float32), axis=-1)[..., 0])
     total = _weighted(value_of(teacher_logits, logits, *mean), scaled)
     return total, _weighted(accepted, weights), jnp.sum(broken & counted, dtype=jnp.float32)
 
-  return chunk_sums
+  def chunk_gradients(leaf_gradients, student_leaves, hidden, fixed, rest):
+    def of_student(leaves, h):
+      total, *others = chunk_sums(leaves, h, fixed, rest)
+      return total, others
+
+    total, pull_back, others = jax.vjp(of_student, student_leaves, hidden, has_aux=True)
+    more_leaf_gradients, hidden_gradient = pull_back(jnp.ones_like(total))
+    return (total, *others), jax.tree.map(_add, leaf_gradients, more_leaf_gradients), hidden_gradient
+
+  return chunk_sums, chunk_gradients
+
+
+def _in_vocabulary_chunks(value_of, unembeddings, temperature: float, size: int) -> tuple[_ChunkSums, _ChunkGradients]:
+  """Make the functions of one chunk of T that is unembedded in chunks of V."""
+  student, *teacher = unembeddings
+  if not teacher:
+    value_of = divergences.forward_kl
+  chunks = VocabularyChunks(value_of, student, teacher[0] if teacher else None, temperature, size)
+
+  def blanked(student_leaves, hidden, fixed, rest):
+    teacher_leaves, mean = fixed
+    reference, counted = rest[0], rest[1] > 0
+    if teacher:
+      reference, teacher_leaves = _blank(reference, counted), teacher_leaves[0]
+    return student_leaves, _blank(hidden, counted), teacher_leaves, reference, mean
+
+  def sums(values, rest):
+    (value, accepted, broken), (_, weights, scaled) = values, rest
+    broken = jnp.sum(broken & (weights > 0), dtype=jnp.float32)
+    return _weighted(value, scaled), _weighted(accepted, weights), broken
+
+  def chunk_sums(student_leaves, hidden, fixed, rest):
+    return sums(chunks.values(*blanked(student_leaves, hidden, fixed, rest)), rest)
+
+  def chunk_gradients(leaf_gradients, student_leaves, hidden, fixed, rest):
+    arguments = blanked(student_leaves, hidden, fixed, rest)
+    values, leaf_gradients, hidden_gradient = chunks.values_and_gradients(leaf_gradients, rest[2], *arguments)
+    return sums(values, rest), leaf_gradients, _blank(hidden_gradient, rest[1] > 0)
+
+  return chunk_sums, chunk_gradients
 
 
 def _sum_chunks(chunk_sums, student_leaves, hidden, fixed, rest):
@@ -163,22 +228,17 @@ def _sum_chunks(chunk_sums, student_leaves, hidden, fixed, rest):
   return jax.lax.scan(body, _zeros(), (hidden, rest))[0]
 
 
-def _with_gradient(chunk_sums):
-  """Make `_sum_chunks` of the function, its gradient to the student taken in the same pass."""
+def _with_gradient(chunk_sums: _ChunkSums, chunk_gradients: _ChunkGradients):
+  """Make `_sum_chunks` of the functions, its gradient to the student taken in the same pass."""
   scan = jax.custom_vjp(functools.partial(_sum_chunks, chunk_sums))
 
   def forward(student_leaves, hidden, fixed, rest):
     def body(carry, pieces):
       sums, leaf_gradients = carry
-
-      def of_student(leaves, h):
-        total, *others = chunk_sums(leaves, h, fixed, pieces[1])
-        return total, others
-
-      total, pull_back, others = jax.vjp(of_student, student_leaves, pieces[0], has_aux=True)
-      more_leaf_gradients, hidden_gradient = pull_back(jnp.ones_like(total))
-      carry = jax.tree.map(jnp.add, sums, (total, *others)), jax.tree.map(_add, leaf_gradients, more_leaf_gradients)
-      return carry, hidden_gradient
+      more, leaf_gradients, hidden_gradient = chunk_gradients(
+          leaf_gradients, student_leaves, pieces[0], fixed, pieces[1]
+      )
+      return (jax.tree.map(jnp.add, sums, more), leaf_gradients), hidden_gradient
 
     # float32 sums, also of bf16 parameters.
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), student_leaves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,9 @@ class StepConfig:
     method: divergence and data mixture.
     target_length: T, tokens of a target or of a sampled sequence.
     chunk: C, positions of T whose logits exist at a time; more is faster until memory runs out.
+    vocab_chunk: tokens of the vocabulary whose logits exist at a time: less memory for a second and third unembedding.
+      None, or as many as there are: all of them. A mesh with `model` over 1 has split the vocabulary already; there
+      each chunk would gather the output layer.
     reduction: "sequence" (mean over a sequence's tokens, then over sequences, Eq. 2) or "token" (mean over all tokens).
     accumulate: micro-batches that a batch is cut into, one after the other, between sampling and the one update: less
       memory, the same loss and gradient. Only what a `BatchDivergence` (lk_lambda, tvd_pp) averages over the batch is
@@ -70,11 +74,16 @@ class StepConfig:
   accumulate: int = 1
   speculative_rollouts: int = 0
   remat: bool = False
+  vocab_chunk: int | None = None
 
   def __post_init__(self):
     for field, least in (("target_length", 1), ("chunk", 1), ("accumulate", 1), ("speculative_rollouts", 0)):
       if getattr(self, field) < least:
         raise ConfigError(f"StepConfig.{field} is {getattr(self, field)}; it must be at least {least}")
+    if self.vocab_chunk is not None and self.vocab_chunk < 1:
+      raise ConfigError(
+          f"StepConfig.vocab_chunk is {self.vocab_chunk}; it must be at least 1, or None for the whole vocabulary"
+      )
     if self.reduction not in losses.REDUCTIONS:
       raise ConfigError(f"unknown reduction {self.reduction!r}; there are {', '.join(losses.REDUCTIONS)}")
     if self.speculative_rollouts and not self.method.needs_target_rollouts:
@@ -112,10 +121,14 @@ def make_train_step(
     schedule: step -> learning rate, for the metric alone.
 
   Raises:
-    ConfigError: the method needs a teacher and there is none, or their vocabularies differ; when traced with a
+    ConfigError: the method needs a teacher and there is none, or their vocabularies differ; `vocab_chunk` is set and a
+      model cannot unembed a part of its vocabulary (`LanguageModel.unembedding`); when traced with a
       packed batch, what `check_packing` says; when traced with a batch that does not split, what that says.
   """
   _check_teacher(student, teacher, config)
+  if config.vocab_chunk is not None:
+    for model in (student, teacher) if config.method.needs_teacher else (student,):
+      jax.eval_shape(lambda params, model=model: model.unembedding(params).weights, model.abstract_params())
   learner = _rematerialised(student) if config.remat else student
 
   def step(state: TrainState, target_params: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -320,23 +333,28 @@ def _make_sums(models, batch: Batch, dropout_key: jax.Array, config: StepConfig)
   method, teaching = config.method, None
   if method.needs_teacher:
     fixed = jax.lax.stop_gradient(target_params)
-    teaching = (lambda h: teacher.unembed(fixed, h)), teacher.hidden(fixed, batch)
+    teaching = _unembedding(teacher, fixed, config), teacher.hidden(fixed, batch)
 
   def sums(params):
     hidden = student.hidden(params, batch, dropout_rng=dropout_key)
     return losses.chunked_loss(
         method.divergence,
-        (lambda h: student.unembed(params, h), hidden),
+        (_unembedding(student, params, config), hidden),
         batch["decoder_loss_weights"],
         teacher=teaching,
         targets=batch["decoder_target_tokens"],
         temperature=method.loss_temperature,
         chunk=config.chunk,
+        vocab_chunk=config.vocab_chunk,
         reduction=config.reduction,
         segments=batch.get("decoder_segment_ids"),
     )
 
   return sums
+
+
+def _unembedding(model, params: Params, config: StepConfig) -> losses.Unembed:
+  return model.unembedding(params) if config.vocab_chunk else functools.partial(model.unembed, params)
 
 
 def _metrics(config: StepConfig, sums: losses.LossSums, origin: rollouts.Origin, batch: Batch) -> Metrics:

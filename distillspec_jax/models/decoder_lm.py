@@ -123,15 +123,10 @@ class DecoderLMModule(nn.Module):
     """Run tokens [B, Q] through the stack."""
     return self.decoder(self.token_embedder(tokens), cache, deterministic, packed)
 
-  def unembed(self, hidden):
-    """[..., E] -> [..., V] float32."""
-    if self.config.logits_via_embedding:
-      return self.token_embedder.attend(hidden / jnp.sqrt(float(self.config.emb_dim)).astype(hidden.dtype))
-    return self.decoder.logits_dense.unembed(hidden)
-
   def everything(self, tokens):
     """Touch every parameter once: what `init` runs."""
-    return self.unembed(self(tokens)[0])
+    hidden, _ = self(tokens)
+    return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
 
 
 class DecoderLM(FlaxModel):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from distillspec_jax.models.language_model import LanguageModel
+from distillspec_jax.models import layers
+from distillspec_jax.models.language_model import LanguageModel, Unembedding
 from distillspec_jax.parallel.partitioning import constrain
 from distillspec_jax.types import Params
 
 
 class FlaxModel(LanguageModel):
-  """A `LanguageModel` over a module with the methods `everything(*token arrays)` and `unembed(hidden)`."""
+  """A `LanguageModel` over a module with the method `everything(*token arrays)`.
+
+  Its output layer is the token table, `token_embedder/embedding`, where `config.logits_via_embedding` says so, and else
+  the matrix `decoder/logits_dense/kernel`.
+  """
 
   token_inputs: int  # how many token arrays `everything` takes
 
@@ -38,9 +44,20 @@ class FlaxModel(LanguageModel):
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
 
   def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-    logits = self.apply(type(self.module).unembed, params, hidden)
-    return constrain(logits, "batch", *[None] * (logits.ndim - 2), "activation_vocab")
+    return self.unembedding(params)(hidden)
+
+  def unembedding(self, params: Params) -> Unembedding:
+    if self.config.logits_via_embedding:
+      weights, axis, logits = params["token_embedder"]["embedding"], 0, layers.tied_logits
+    else:
+      weights, axis, logits = params["decoder"]["logits_dense"]["kernel"], 1, layers.logits
+    return Unembedding(weights, axis, functools.partial(_spread_logits, logits, self.config.dtype))
 
   def _boxed_init(self, rng):
     tokens = [jnp.zeros((1, 1), jnp.int32)] * self.token_inputs
     return self.module.init(rng, *tokens, method=type(self.module).everything)["params"]
+
+
+def _spread_logits(logits: Callable[..., jax.Array], dtype: str, weights: jax.Array, hidden: jax.Array) -> jax.Array:
+  found = logits(weights, hidden, dtype)
+  return constrain(found, "batch", *[None] * (found.ndim - 2), "activation_vocab")

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from distillspec_jax.types import Batch, Params
+from distillspec_jax.types import Batch, ConfigError, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays, which neither compare nor hash
+class Unembedding:
+  """An output layer whose vocabulary can be cut into pieces.
+
+  Attributes:
+    weights: a tree of arrays, each with an axis of V.
+    axes: a tree like it, of int: which axis that is.
+    logits: weights, or one piece of them, and hidden states [..., E] -> the logits [..., v] of that piece. What gets a
+      gradient must be in the weights, not in what it closes over.
+  """
+
+  weights: Params
+  axes: Any
+  logits: Callable[[Params, jax.Array], jax.Array]
+
+  @property
+  def vocab_size(self) -> int:
+    """V."""
+    return jax.tree.leaves(jax.tree.map(lambda leaf, axis: leaf.shape[axis], self.weights, self.axes))[0]
+
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    """Turn hidden states [..., E] into all logits [..., V]."""
+    return self.logits(self.weights, hidden)
+
+  def cut(self, weights: Params, start: jax.Array, size: int) -> Params:
+    """Cut the tokens start ... start + size - 1 out of weights like these."""
+    take = lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
+    return jax.tree.map(take, weights, self.axes)
+
+  def add(self, total: Params, piece: Params, start: jax.Array) -> Params:
+    """Add a piece, of any dtype, to the tokens from `start` on in a tree like the weights."""
+
+    def put(whole, part, axis):
+      old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[axis], axis)
+      return jax.lax.dynamic_update_slice_in_dim(whole, old + part.astype(whole.dtype), start, axis)
+
+    return jax.tree.map(put, total, piece, self.axes)
 
 
 class LanguageModel(abc.ABC):
@@ -83,6 +124,17 @@ class LanguageModel(abc.ABC):
   @abc.abstractmethod
   def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
     """Turn hidden states [..., E] into logits [..., V] float32."""
+
+  def unembedding(self, params: Params) -> Unembedding:
+    """Give what `unembed` does in a form that can be cut, for losses in chunks of V; a model need not have it.
+
+    Raises:
+      ConfigError: this model does not have it.
+    """
+    raise ConfigError(
+        f"a {type(self).__name__} can only unembed its whole vocabulary: set StepConfig.vocab_chunk to None, or give it"
+        " a method `unembedding`"
+    )
 
   @abc.abstractmethod
   def start(self, params: Params, prompt: jax.Array, slots: int) -> tuple[Any, jax.Array]:

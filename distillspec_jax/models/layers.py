@@ -48,10 +48,6 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     return jnp.dot(x.astype(self.dtype), self.kernel.astype(self.dtype), precision=precision_of(self.dtype))
 
-  def unembed(self, hidden: jax.Array) -> jax.Array:
-    """Use the matrix as output layer: [..., E] -> logits [..., V] float32."""
-    return unembed(hidden, self.kernel.astype(self.dtype), "...e,ev->...v")
-
 
 class RMSNorm(nn.Module):
   """T5's layer norm: no mean, no bias, float32 inside."""
@@ -85,19 +81,25 @@ class Embed(nn.Module):
     """Look tokens [B, T] up: [B, T, E]."""
     return constrain(self.embedding[tokens].astype(self.dtype), "batch", "length", "activation_embed")
 
-  def attend(self, hidden: jax.Array) -> jax.Array:
-    """Use the table as output layer: [..., E] -> logits [..., V] float32."""
-    return unembed(hidden, self.embedding.astype(self.dtype), "...e,ve->...v")
+
+def logits(kernel: jax.Array, hidden: jax.Array, dtype: str) -> jax.Array:
+  """Use a matrix [E, V] as output layer: hidden states [..., E] -> logits [..., V] float32."""
+  return _unembed(kernel, hidden, dtype, "...e,ev->...v")
 
 
-def unembed(hidden: jax.Array, kernel: jax.Array, equation: str) -> jax.Array:
-  """Multiply hidden states with an output matrix in its dtype; float32 logits."""
+def tied_logits(table: jax.Array, hidden: jax.Array, dtype: str) -> jax.Array:
+  """Use a token table [V, E] as output layer: hidden states [..., E] -> logits [..., V] float32."""
+  scaled = hidden / jnp.sqrt(float(table.shape[1])).astype(hidden.dtype)
+  return _unembed(table, scaled, dtype, "...e,ve->...v")
+
+
+def _unembed(weights: jax.Array, hidden: jax.Array, dtype: str, equation: str) -> jax.Array:
   return jnp.einsum(
       equation,
-      hidden.astype(kernel.dtype),
-      kernel,
+      hidden.astype(dtype),
+      weights.astype(dtype),
       preferred_element_type=jnp.float32,
-      precision=precision_of(kernel.dtype),
+      precision=precision_of(dtype),
   )
 
 

@@ -226,15 +226,10 @@ class T5Module(nn.Module):
     cross = list(zip(state.cross_keys, state.cross_values, strict=True))
     return self.decoder(self.token_embedder(tokens), state.cache, cross, state.encoder_bias, True)
 
-  def unembed(self, hidden):
-    """[..., E] -> [..., V] float32."""
-    if self.config.logits_via_embedding:
-      return self.token_embedder.attend(hidden / jnp.sqrt(float(self.config.emb_dim)).astype(hidden.dtype))
-    return self.decoder.logits_dense.unembed(hidden)
-
   def everything(self, prompt, decoder_tokens):
     """Touch every parameter once: what `init` runs."""
-    return self.unembed(self.hidden(prompt, decoder_tokens))
+    hidden = self.hidden(prompt, decoder_tokens)
+    return hidden if self.config.logits_via_embedding else self.decoder.logits_dense(hidden)
 
 
 class T5(FlaxModel):

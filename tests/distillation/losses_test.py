@@ -197,11 +197,11 @@ def test_tied_embedding_gets_both_gradients(tiny_model, batch):
 
 
 def test_bfloat16_parameters_collect_their_gradient_in_float32(arrays):
-  """64 chunks, each adding little: sums in bfloat16 would stall."""
-  hidden = jnp.ones((1, 64, 2), jnp.bfloat16)
-  params = jnp.zeros((2, 4), jnp.bfloat16)
+  """1024 chunks, each adding little: sums in bfloat16 would stall."""
+  hidden = jnp.ones((1, 1024, 2), jnp.bfloat16)
+  params, targets = jnp.zeros((2, 4), jnp.bfloat16), jnp.zeros((1, 1024), jnp.int32)
   loss = lambda p: losses.chunked_loss(
-      "cross_entropy", ((lambda h: h @ p), hidden), jnp.ones((1, 64)), targets=jnp.zeros((1, 64), jnp.int32), chunk=1
+      "cross_entropy", ((lambda h: h @ p), hidden), jnp.ones((1, 1024)), targets=targets, chunk=1
   ).total
   gradient = jax.grad(loss)(params)
   assert gradient.dtype == jnp.bfloat16
