@@ -113,9 +113,11 @@ def shipped_folder() -> pathlib.Path:
   return inside if inside.is_dir() else package.parent / "gin_configs"
 
 
-def shipped_files() -> list[str]:
-  """List the shipped files to call, as --gin_file takes them (those of runs/)."""
-  return sorted(str(path.relative_to(shipped_folder())) for path in shipped_folder().glob("runs/**/*.gin"))
+def shipped_files(folder: str = "runs") -> list[str]:
+  """List the shipped files of a folder, as --gin_file takes them; those of runs/ where there is no such folder."""
+  found = shipped_folder().glob("**/*.gin")
+  files = sorted(path.relative_to(shipped_folder()).as_posix() for path in found)
+  return [name for name in files if name.startswith(f"{folder}/")] or shipped_files()
 
 
 def add_search_path(folder: str) -> None:
@@ -128,9 +130,9 @@ def _parse_file(name: str) -> list[str]:
   """Parse a file with its includes; return the text of each."""
   path = _find(name)
   if path is None:
+    there = shipped_files(pathlib.PurePath(name).parts[0])
     raise ConfigError(
-      f"no gin file {name!r} here or in {shipped_folder()}{near(name, shipped_files())} "
-      f"(shipped: {', '.join(shipped_files())})"
+      f"no gin file {name!r} here or in {shipped_folder()}{near(name, there)} (shipped: {', '.join(there)})"
     )
   with _clear_errors(f"{name}"):
     parsed = gin.parse_config_file(str(path))

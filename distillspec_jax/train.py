@@ -29,7 +29,7 @@ from absl import flags
 from distillspec_jax import gin_binding, models, weights
 from distillspec_jax.data import eval_set, lookup, pipeline, vocabularies
 from distillspec_jax.decoding.speculative import check_pair
-from distillspec_jax.distillation import best, costs, loop, methods, optimizers, step, validation
+from distillspec_jax.distillation import best, costs, loop, methods, optimizers, step, target_check, validation
 from distillspec_jax.parallel import mesh as meshes
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.run_log import RunLog
@@ -131,6 +131,8 @@ def train(
     mesh=mesh,
     name=directory.name,
   )
+  if teacher:
+    target_check.require_finite_logits(teacher.model, teacher.params, mesh)
   _announce(student, teacher, data, mesh)
   if state is None:
     state = _first_state(student, tx, loop_config.seed, mesh)

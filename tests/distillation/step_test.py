@@ -62,6 +62,39 @@ def test_one_update_is_the_gradient_by_hand(student, teacher, batch, name):
     np.testing.assert_allclose(leaf, old - 0.5 * g, rtol=1e-5, atol=1e-6)
 
 
+def loops(jaxpr):
+  """List the `while` loops of a program and of those inside it: (values carried, equations of the body)."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "while":
+      body = equation.params["body_jaxpr"].jaxpr
+      found.append((len(body.outvars), len(body.eqns)))
+    for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+      inner = getattr(parameter, "jaxpr", parameter)
+      found += loops(inner) if hasattr(inner, "eqns") else []
+  return found
+
+
+@pytest.mark.parametrize("name", ["on_policy_gkd", "seqkd"])
+def test_the_derivative_holds_the_samplers_loop_once_and_without_tangents(student, teacher, batch, name):
+  """The step's only loop is the sampler's own, carrying what it carries when nothing is differentiated."""
+  method, tx, key = methods.named(name), optax.sgd(0.1), jax.random.key(0)
+  params, target_params = student.init(jax.random.key(0)), teacher.init(jax.random.key(1))
+
+  def weights(params, target_params):
+    rolled, _ = rollouts.rollout(method, student, params, teacher, target_params, batch, key, length=6)
+    return rolled["decoder_loss_weights"]
+
+  alone = loops(jax.make_jaxpr(weights)(params, target_params).jaxpr)
+  run = step.make_train_step(student, teacher, tx, config(method))
+  state = step.init_state(student, tx, params=params)
+  assert len(alone) == 1 and loops(jax.make_jaxpr(run)(state, target_params, batch, key).jaxpr) == alone
+  # The control: sampling differentiated along with the rest carries tangents.
+  both = (params, target_params)
+  through = loops(jax.make_jaxpr(lambda given: jax.jvp(weights, given, given))(both).jaxpr)
+  assert len(through) == 1 and through[0][0] > alone[0][0] and through[0][1] > alone[0][1]
+
+
 def test_metrics(student, teacher, batch):
   tx, schedule = OptimizerConfig(learning_rate=0.1, warmup_steps=10, clip_norm=1e-3).build(100)
   run = step.compile_train_step(student, teacher, tx, config(methods.named("supervised_kd")), schedule=schedule)
