@@ -26,7 +26,7 @@ from distillspec_jax.data import lookup, vocabularies
 from distillspec_jax.data.host_tensorflow import seqio
 from distillspec_jax.data.eval_set import EvalSet
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import integrity
+from distillspec_jax.weights import integrity, vocabulary_files
 
 def evaluate(
     pair: Pair,
@@ -118,7 +118,8 @@ def find_vocabulary(
   """Find the vocabulary that the models speak.
 
   Args:
-    target_dir, draft_dir: model directories, whose vocabularies must be the same where both have one.
+    target_dir, draft_dir: model directories, whose vocabularies must be the same where both have one; where one has
+      none, a line is printed that says so.
     given: a vocabulary folder, a model directory or a SentencePiece file, for models that have none.
     task, split: whose own vocabulary is taken where there is no other.
 
@@ -126,7 +127,7 @@ def find_vocabulary(
     The vocabulary, and whether it is the task's own.
 
   Raises:
-    ConfigError: vocabularies that differ, or a folder that is none.
+    ConfigError: vocabularies that differ, a folder that is none, or a Hugging Face tokenizer that seqio cannot read.
   """
   weights.vocabularies_match(target_dir, draft_dir)
   if given:
@@ -136,10 +137,13 @@ def find_vocabulary(
       for directory in (target_dir, draft_dir):
         weights.vocabularies_match(directory, folder)
     return vocabulary, False
+  if note := vocabulary_files.unchecked(target_dir, draft_dir):
+    print(note, flush=True)
   for directory in (target_dir, draft_dir):
     folder = weights.vocabulary_dir(directory)
     if folder is not None:
       return vocabularies.load(folder), False
+  vocabulary_files.refuse_foreign(target_dir, draft_dir)
   first, _ = next(iter(lookup.find_tasks(task, split, prepared=False).values()))
   return first.output_features["targets"].vocabulary, True
 

@@ -219,11 +219,14 @@ def _choose_vocabulary(directory: pathlib.Path, data: pipeline.DataConfig, given
   own = directory / "vocabulary"
   if folders:
     vocabulary_files.copy(folders[0], directory)
+  if note := vocabulary_files.unchecked(*given):
+    print(note, flush=True)
   if data.vocabulary:
     with tempfile.TemporaryDirectory() as folder:
       vocabularies.save(vocabularies.given(data.vocabulary), folder)
       vocabulary_files.copy(folder, directory)  # refused where it is another than the models'
   elif not folders and not (directory / _RUN).is_file():  # a run that has begun keeps the vocabulary it began with
+    vocabulary_files.refuse_foreign(*given)
     if given:
       print(f"the models carry no vocabulary: taking that of {data.task}", flush=True)
     task, _ = next(iter(lookup.find_tasks(data.task, data.split, prepared=False).values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import json
 import os
 import pathlib
 import tempfile
@@ -17,6 +16,7 @@ from google.protobuf import message as protobuf
 from distillspec_jax.data import sources, subwords
 from distillspec_jax.data.host_tensorflow import seqio, tf
 from distillspec_jax.types import ConfigError
+from distillspec_jax.weights import vocabulary_files
 
 T5_URL = "https://storage.googleapis.com/t5-data/vocabs/cc_all.32000/sentencepiece.model"
 T5_SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
@@ -187,19 +187,13 @@ def save(vocabulary: seqio.Vocabulary, vocabulary_dir: str | os.PathLike) -> Non
 
 
 def describe(vocabulary_dir: str | os.PathLike) -> dict:
-  """Return {kind, sha256, extra_ids, vocab_size} of a vocabulary folder.
+  """Return {kind, sha256, extra_ids, vocab_size} of a vocabulary folder, or of a Hugging Face directory's tokenizer.
 
   Raises:
     ConfigError: no such folder, or its description cannot be read.
   """
-  path = pathlib.Path(vocabulary_dir) / subwords.DESCRIPTION_FILE
-  if not path.is_file():
-    raise ConfigError(f"{vocabulary_dir} is not a vocabulary folder: it has no {subwords.DESCRIPTION_FILE}")
-  try:
-    description = json.loads(path.read_text(encoding="utf-8"))
-    missing = {"kind", "sha256", "extra_ids", "vocab_size"} - set(description)
-  except (ValueError, TypeError) as error:
-    raise ConfigError(f"{path} cannot be read ({error}): copy the folder again") from error
-  if missing:
-    raise ConfigError(f"{path} lacks {', '.join(sorted(missing))}")
+  folder = pathlib.Path(vocabulary_dir)
+  description = vocabulary_files.describe(folder)
+  if missing := {"kind", "sha256", "extra_ids", "vocab_size"} - set(description):
+    raise ConfigError(f"{folder / subwords.DESCRIPTION_FILE} lacks {', '.join(sorted(missing))}")
   return description

@@ -26,7 +26,7 @@ from etils import epath
 
 from distillspec_jax import models
 from distillspec_jax.types import ConfigError, Params
-from distillspec_jax.weights import integrity, trees, vocabulary_files
+from distillspec_jax.weights import integrity, strict_json, trees, vocabulary_files
 
 DESCRIPTION = "model.json"
 CHECKPOINTS = "checkpoints"
@@ -77,7 +77,7 @@ class RunCheckpoints:
 
   def steps(self) -> list[int]:
     """List the steps of the checkpoints that stand complete, damaged or not, ascending."""
-    return _steps(self.directory)
+    return steps_of(self.directory)
 
   def save(self, step: int, state: Any, data_state: dict) -> None:
     """Write one checkpoint and its manifest; returns when both are on disk.
@@ -169,7 +169,7 @@ def save_description(directory: str | pathlib.Path, model: models.LanguageModel)
   path = directory / DESCRIPTION
   description = json.loads(json.dumps(model.describe()))
   if path.exists():
-    if _read_json(path) != description:
+    if strict_json.read(path) != description:
       raise ConfigError(f"{directory} holds another model ({path} differs from the one given): choose another folder")
     return
   if jax.process_index() == 0:
@@ -231,22 +231,36 @@ def load_native(
   directory = pathlib.Path(directory).expanduser().absolute()
   if not (directory / DESCRIPTION).is_file():
     raise ConfigError(f"{directory} is no native model directory: it has no {DESCRIPTION}")
-  model = _read_description(directory / DESCRIPTION)
+  model = read_description(directory / DESCRIPTION)
   folder = directory / CHECKPOINTS
-  steps = _steps(folder)
+  abstract = placed(model.abstract_params(), model, mesh)
+  return model, _newest(folder, step, lambda at: _guarded(at, lambda: _restore_params(at, abstract)))[1]
+
+
+def newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
+  """Choose the newest step under a checkpoints/ folder whose checksums are right (or see whether those of `step` are).
+
+  Raises:
+    ConfigError: there is none.
+  """
+  return _newest(folder, step, lambda chosen: integrity.find_damage(chosen) or chosen)[0]
+
+
+def _newest(folder: pathlib.Path, step: int | None, restore) -> tuple[int, Any]:
+  """Return (step, what `restore` gives) of the newest checkpoint for which it gives no text, that is: damage."""
+  steps = steps_of(folder)
   if not steps or (step is not None and step not in steps):
     listed = f"it holds {', '.join(map(str, steps))}" if steps else "it holds none: has the run saved yet?"
     raise ConfigError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}: {listed}")
-  abstract = placed(model.abstract_params(), model, mesh)
   damaged: dict[int, str] = {}
   for candidate in [step] if step is not None else reversed(steps):
-    found = _guarded(folder / str(candidate), lambda c=candidate: _restore_params(folder / str(c), abstract))
+    found = restore(folder / str(candidate))
     if isinstance(found, str):
       damaged[candidate] = found
       continue
     for bad, problem in damaged.items():
       _warn(f"checkpoint {folder / str(bad)} is damaged ({problem}): using {folder / str(candidate)} instead")
-    return model, found
+    return candidate, found
   raise ConfigError(_all_damaged(folder, damaged))
 
 
@@ -317,8 +331,9 @@ def _read_data(folder: pathlib.Path) -> dict:
   return json.loads((folder / _DATA / "metadata").read_bytes())
 
 
-def _read_description(path: pathlib.Path) -> models.LanguageModel:
-  description = _read_json(path)
+def read_description(path: pathlib.Path) -> models.LanguageModel:
+  """Make the model that a model.json describes; a ConfigError names the file."""
+  description = strict_json.read(path)
   try:
     return models.from_description(description)
   except ConfigError as error:
@@ -327,14 +342,8 @@ def _read_description(path: pathlib.Path) -> models.LanguageModel:
     raise ConfigError(f"{path} is no model description: it needs architecture and config") from error
 
 
-def _read_json(path: pathlib.Path) -> Any:
-  try:
-    return json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON ({error}): it may be damaged") from error
-
-
-def _steps(folder: pathlib.Path) -> list[int]:
+def steps_of(folder: pathlib.Path) -> list[int]:
+  """List the steps under a checkpoints/ folder, ascending; [] where there is none."""
   if not folder.is_dir():
     return []
   return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())

@@ -7,10 +7,12 @@ once the checkpoint stands complete, and looked at before anything is restored.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 22  # bytes read at a time
@@ -38,10 +40,10 @@ def find_damage(directory: pathlib.Path) -> str | None:
   try:
     expected = json.loads((directory / MANIFEST).read_bytes())["files"]
     expected = {str(name): (int(size), int(checksum)) for name, (size, checksum) in expected.items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return f"{MANIFEST} cannot be read"
   present = dict(_files(directory))
-  for name, (size, checksum) in expected.items():
+  for name, (size, _) in expected.items():
     if name not in present:
       return f"{name} is missing"
     actual = present[name].stat().st_size
@@ -61,6 +63,20 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def undone_on_error(directory: pathlib.Path) -> Iterator[None]:
+  """Make a folder; where the block fails, folders that were made for it go again, unless something lies in them."""
+  made = [path for path in (directory, *directory.parents) if not path.exists()]
+  directory.mkdir(parents=True, exist_ok=True)
+  try:
+    yield
+  except BaseException:
+    for path in made:
+      if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    raise
 
 
 def _files(directory: pathlib.Path):

@@ -1,4 +1,4 @@
-"""`load_model`: parameters from a directory of any form this package knows, detected by what lies in it."""
+"""`load_model`: parameters from a directory of any form this package knows, tensor by tensor into their sharding."""
 
 from __future__ import annotations
 
@@ -7,37 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from distillspec_jax.models import LanguageModel
-from distillspec_jax.types import ConfigError, Params
-from distillspec_jax.weights import checkpoints, huggingface, t5x
+from distillspec_jax.types import Params
+from distillspec_jax.weights import checkpoints, lazy_tensors, sources, trees
+from distillspec_jax.weights.sources import detect
 
-_LOOKED_FOR = (
-  f"{checkpoints.DESCRIPTION} with {checkpoints.CHECKPOINTS}/ (native), checkpoint_N/ or checkpoint or state/ (T5X), "
-  f"{huggingface.CONFIG} with {huggingface.WEIGHTS} (Hugging Face)"
-)
-
-
-def detect(directory: str | pathlib.Path) -> str:
-  """Name a model directory's form: "native", "t5x" or "huggingface".
-
-  Raises:
-    ConfigError: the directory is missing, or none of them.
-  """
-  directory = pathlib.Path(directory).expanduser()
-  if not directory.exists():
-    raise ConfigError(f"model directory {directory} does not exist (looked for {_LOOKED_FOR})")
-  if not directory.is_dir():
-    raise ConfigError(f"{directory} is a file: give the model's directory (looked for {_LOOKED_FOR})")
-  if (directory / checkpoints.DESCRIPTION).is_file():
-    return "native"
-  if t5x.find_checkpoint(directory) is not None:
-    return "t5x"
-  if huggingface.is_checkpoint(directory):
-    return "huggingface"
-  held = ", ".join(sorted(path.name for path in directory.iterdir())[:5]) or "nothing"
-  raise ConfigError(f"{directory} is no model directory: looked for {_LOOKED_FOR}; it holds {held}")
+__all__ = ["detect", "load_model", "place"]
 
 
 def load_model(
@@ -49,11 +25,15 @@ def load_model(
 ) -> tuple[LanguageModel, Params]:
   """Load a model and its parameters.
 
+  Each tensor goes straight to its devices, and of each only the slices that lie there are read; on the host there is
+  never more than one tensor (and, of a native directory, what Orbax reads at a time).
+
   Args:
     directory: a native run or model directory (or one step under its checkpoints/), a T5X checkpoint (or the folder
       above it), or a Hugging Face T5.
     step: which checkpoint, where there are several; by default the newest.
-    config: configuration fields that win over what the directory says (imports only), e.g. {"dtype": "bfloat16"}.
+    config: configuration fields that win over what the directory says (imports only), e.g. {"dtype": "bfloat16"}. A
+      larger vocab_size pads the tables over the vocabulary with zeros.
     mesh: where the parameters go; without one, to the first device.
 
   Returns:
@@ -62,24 +42,17 @@ def load_model(
   Raises:
     ConfigError: missing, damaged, or not a model that this package knows.
   """
-  directory = pathlib.Path(directory).expanduser().absolute()
-  above = directory.parent.parent
-  if step is None and checkpoints.is_step_of(directory, above):
-    directory, step = above, int(directory.name)
-  form = detect(directory)
+  directory, step, form = sources.find(directory, step)
   if form == "native":
-    if config:
-      raise ConfigError(f"{directory} is native: its {checkpoints.DESCRIPTION} is the configuration; no override")
+    sources.refuse_config(directory, config)
     return checkpoints.load_native(directory, step, mesh)
-  if form == "t5x":
-    model, params = t5x.load(directory, step, config)
-  elif step is not None:
-    raise ConfigError(f"step {step} was asked for, but {directory} is a Hugging Face model and has no steps")
-  else:
-    model, params = huggingface.load(directory, config)
-  abstract = checkpoints.placed(model.abstract_params(), model, mesh)
-  return model, jax.tree.map(lambda array, like: _put(array, like.sharding), params, abstract)
+  source = sources.open_source(directory, step, config=config)
+  return source.model, place(source.model, source.tensors, mesh)
 
 
-def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def place(
+  model: LanguageModel, tensors: Mapping[str, lazy_tensors.LazyTensor], mesh: jax.sharding.Mesh | None = None
+) -> Params:
+  """Bring lazy tensors to their devices one after another, in the model's param_dtype."""
+  likes = trees.flatten(checkpoints.placed(model.abstract_params(), model, mesh))
+  return trees.unflatten({name: lazy_tensors.place(tensor, likes[name]) for name, tensor in tensors.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
   return tree
 
 
-def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: str, check_dtype: bool = False) -> None:
+def require_same(
+  expected: Mapping[str, Any],
+  found: Mapping[str, Any],
+  where: str,
+  check_dtype: bool = False,
+  also: Sequence[str] = (),
+  advice: str = "",
+) -> None:
   """Compare names and shapes of two flat trees.
 
   Args:
@@ -38,26 +45,30 @@ def require_same(expected: Mapping[str, Any], found: Mapping[str, Any], where: s
     found: the same for what the checkpoint holds.
     where: the checkpoint, as the message should name it.
     check_dtype: also compare dtypes (a resumed run must go on with the numbers it had).
+    also: what else is wrong with what was found, to be said in the same message.
+    advice: what to do, where more is known than that the configuration should be checked.
 
   Raises:
     ConfigError: a key is missing or left over, or a shape differs; the message names the first few of each.
   """
-  problems = []
+  problems = list(also)
   if missing := sorted(set(expected) - set(found)):
-    problems.append(f"lacks {_few(missing)}")
+    problems.append(f"lacks {few(missing)}")
   if leftover := sorted(set(found) - set(expected)):
-    problems.append(f"holds {_few(leftover)}, which the model has no place for")
+    problems.append(f"holds {few(leftover)}, which the model has no place for")
   both = [name for name in sorted(expected) if name in found]
   if wrong := [name for name in both if tuple(expected[name].shape) != tuple(found[name].shape)]:
     shapes = [f"{n} {tuple(found[n].shape)} where the model has {tuple(expected[n].shape)}" for n in wrong]
-    problems.append(f"holds {_few(shapes)}")
+    problems.append(f"holds {few(shapes)}")
   elif check_dtype and (wrong := [name for name in both if str(expected[name].dtype) != str(found[name].dtype)]):
     dtypes = [f"{n} as {found[n].dtype} where the model has {expected[n].dtype}" for n in wrong]
-    problems.append(f"holds {_few(dtypes)}")
+    problems.append(f"holds {few(dtypes)}")
   if problems:
-    raise ConfigError(f"{where} does not fit the model: it {'; it '.join(problems)}. Check the model's configuration.")
+    advice = advice or "Check the model's configuration."
+    raise ConfigError(f"{where} does not fit the model: it {'; it '.join(problems)}. {advice}")
 
 
-def _few(names: list[str]) -> str:
+def few(names: Sequence[str]) -> str:
+  """Name the first few and count the rest."""
   more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
   return ", ".join(names[:_NAMED]) + more

@@ -11,7 +11,7 @@ import tensorstore
 
 from distillspec_jax import models
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import t5x, trees
+from distillspec_jax.weights import lazy_tensors, t5x, trees
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_scanned_layers_come_apart():
     "decoder/decoder/self_attention/out/kernel": np.arange(48.0).reshape(2, 3, 4, 2),
     "decoder/decoder_norm/scale": np.ones(2),
   }
-  apart = t5x.to_layers(flat)
+  lazy = t5x.to_layers({name: lazy_tensors.of_array(value) for name, value in flat.items()})
+  apart = {name: tensor.read() for name, tensor in lazy.items()}
   assert len(apart) == 10
   np.testing.assert_array_equal(apart["decoder/layers_2/mlp/wo/kernel"], flat["decoder/decoder/mlp/wo/kernel"][:, 2])
   query = flat["decoder/decoder/self_attention/query/kernel"]

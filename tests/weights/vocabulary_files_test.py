@@ -50,5 +50,5 @@ def test_copy(tmp_path):
   assert all(path.read_bytes() == (source / path.name).read_bytes() for path in copied)
   with pytest.raises(ConfigError, match="the vocabularies differ"):
     vocabulary_files.copy(vocabulary(tmp_path / "other"), tmp_path / "model")
-  with pytest.raises(ConfigError, match="is no vocabulary folder"):
+  with pytest.raises(ConfigError, match="is not a vocabulary folder"):
     vocabulary_files.copy(tmp_path / "model", tmp_path / "new")
