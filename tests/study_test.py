@@ -44,7 +44,9 @@ def test_the_lines_are_the_table_of_the_paper_and_its_controls():
 
 
 def test_trials_are_those_of_the_tasks():
-  assert {trial.name for trial in study_lines.trials("multi30k,gsm8k")} == {"multi30k-lossy", "multi30k-larger_target"}
+  assert {trial.name for trial in study_lines.trials("multi30k,gsm8k")} == {
+    "multi30k-longer", "gsm8k-longer", "multi30k-lossy", "multi30k-larger_target",
+  }  # fmt: skip
   assert {trial.kind for trial in study_lines.TRIALS} == set(trials.TRIALS)
 
 
@@ -62,6 +64,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAIN", ("on_policy_gkd", "tvd/data"))
   monkeypatch.setattr(trials, "LENIENCES", (1.0, 0.1))
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
+  monkeypatch.setattr(trials, "LONGER", 2)
   monkeypatch.setattr(trials, "LARGER", {"num_decoder_layers": 2})
   monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 20})
   monkeypatch.setattr(trials, "TIMED_PROMPTS", 2)
@@ -79,7 +82,7 @@ def run(folder, *bindings):
 
 def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   assert run(small, "StudyConfig.budget_minutes = 0.0") == []
-  assert "budget of 0 minutes is used up: 0 of 6 parts" in capsys.readouterr().out
+  assert "budget of 0 minutes is used up: 0 of 7 parts" in capsys.readouterr().out
   parts = run(small)
   found = [part for part in parts if "recipe" in part]
   assert [line["recipe"] for line in found] == ["none", "on_policy_gkd", "tvd/data"]
@@ -106,7 +109,7 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   text = tables.as_markdown(parts)
   assert "## tiny_judged" in text and "| on_policy_gkd | 1 |" in text and "| none | 1 |" in text
   assert "The same drafts on tiny_other_vocabulary" in text and "| fkl |" in text
-  assert "Lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
+  assert "120 updates instead" in text and "Lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
   drawn = plots.draw(parts)
   assert set(drawn) == {"tiny_judged-block_efficiency", "tiny_judged-lossy", "tiny_judged-ladder"}
   assert all(png.startswith(b"\x89PNG") for png in drawn.values())
@@ -120,6 +123,8 @@ def check_trials(found):
     exact = {lossy[recipe, 1.0, rule, 1.0]["tau"] for rule in ("lossy_lin", "lossy_exp")}
     assert len(exact) == 1
     assert lossy[recipe, 0.0, "lossy_exp", 0.1]["tau"] >= lossy[recipe, 0.0, "lossy_exp", 1.0]["tau"]
+  longer = found["longer"]["lines"]
+  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 120), ("tvd/data", 120)]
   larger = found["larger_target"]
   assert larger["parameters"]["larger"] > larger["parameters"]["target"]
   assert [line["recipe"] for line in larger["lines"]] == ["none", "on_policy_gkd", "tvd/data"]

@@ -96,7 +96,12 @@ class Trial:
     return f"{self.task}-{self.kind}"
 
 
-TRIALS = (Trial("multi30k", "lossy"), Trial("multi30k", "larger_target"), Trial("debian_synopsis", "ladder"))
+TRIALS = (
+  *(Trial(task, "longer") for task in TASKS),
+  Trial("multi30k", "lossy"),
+  Trial("multi30k", "larger_target"),
+  Trial("debian_synopsis", "ladder"),
+)
 
 
 def trials(tasks: str) -> list[Trial]:

@@ -90,7 +90,9 @@ class Stage:
       bindings |= {"DataConfig.vocabulary": str(folder), f"{kind}.vocab_size": _padded(folder)}
     return self._train(name, "runs/finetune.gin", [network], bindings)
 
-  def distilled(self, name: str, recipe: str, target: str | None, start: str, seed: int, rate: float) -> str:
+  def distilled(
+    self, name: str, recipe: str, target: str | None, start: str, seed: int, rate: float, steps: int | None = None
+  ) -> str:
     """Go on with a model by a recipe of the table.
 
     Args:
@@ -100,13 +102,15 @@ class Stage:
       start: the directory of the model that is gone on with.
       seed: of the data's order and of sampling.
       rate: learning rate.
+      steps: updates; None is the table's number.
 
     Returns:
       The new directory.
     """
     divergence, slash, source = recipe.partition("/")
     files = ["methods/distillspec.gin"] if slash else [f"methods/{recipe}.gin"]
-    bindings: dict[str, Any] = {"TRAIN_STEPS": self.config.distill_steps, "SEED": seed, "LEARNING_RATE": rate}
+    steps = steps or self.config.distill_steps
+    bindings: dict[str, Any] = {"TRAIN_STEPS": steps, "SEED": seed, "LEARNING_RATE": rate}
     bindings |= {"DIVERGENCE": divergence, "SOURCE": source} if slash else {}
     if target is None:
       return self._train(name, "runs/finetune.gin", files, bindings | {"INITIAL_CHECKPOINT": start})

@@ -137,6 +137,10 @@ def _short_table(lines: Lines) -> str:
   return _table(rows)
 
 
+def _longer(found: Mapping[str, Any]) -> str:
+  return f"{found['lines'][0]['steps']} updates instead of the table's:\n\n{_short_table(found['lines'])}"
+
+
 def _larger_target(found: Mapping[str, Any]) -> str:
   sizes = found["parameters"]
   title = (
@@ -171,7 +175,7 @@ def _ladder(found: Mapping[str, Any]) -> str:
   return f"{title}\n\n{_table(rows)}"
 
 
-_TRIALS = {"lossy": _lossy, "larger_target": _larger_target, "ladder": _ladder}
+_TRIALS = {"longer": _longer, "lossy": _lossy, "larger_target": _larger_target, "ladder": _ladder}
 
 
 def metric_of(found: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The study's trials beside its table: lossy rules, a larger target, and smaller targets taught by the large one.
+"""The study's trials beside its table: longer runs, lossy rules, a larger target, smaller targets taught by the large.
 
 Each takes the stage of its task and returns what belongs into its file, JSON-able.
 """
@@ -24,6 +24,7 @@ from distillspec_jax.study.stage import BATCH, DRAFT_RATE, TARGET_RATE, Stage, s
 LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
 LARGER = {"num_decoder_layers": 12}  # than the mini target's 6: nearly twice its parameters
+LONGER = 4  # times the table's updates
 MIDDLE = {"emb_dim": 256, "num_heads": 4, "mlp_dim": 512, "num_decoder_layers": 3}
 TIMED_PROMPTS, TIMED_ROUNDS = 16, 5
 
@@ -65,6 +66,23 @@ def larger_target(stage: Stage) -> dict[str, Any]:
     measured = stage.measured(pair, stage.task.name, name, base)
     found["lines"].append({"recipe": line.recipe, "seed": line.seed, "measured": measured})
   return found
+
+
+def longer(stage: Stage) -> dict[str, Any]:
+  """Distil for four times as many updates: whether it is their number that limits the table's gains.
+
+  Returns:
+    {"lines": [{"recipe", "steps", "seed", "measured": what `Stage.measured` gives}]}.
+  """
+  name, steps = stage.task.name, LONGER * stage.config.distill_steps
+  target, start = stage.target(), stage.draft_of(Line(name, NONE, 0))
+  found = []
+  for recipe in MAIN[:2]:
+    folder = f"longer-{recipe.replace('/', '_')}"
+    draft = stage.distilled(folder, recipe, target, start, 0, DRAFT_RATE, steps)
+    measured = stage.measured(_pair(target, draft), name, base=stage.base(0, name))
+    found.append({"recipe": recipe, "steps": steps, "seed": 0, "measured": measured})
+  return {"lines": found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,4 +164,9 @@ def _size(params) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-TRIALS: Mapping[str, Callable[[Stage], Any]] = {"lossy": lossy, "larger_target": larger_target, "ladder": ladder}
+TRIALS: Mapping[str, Callable[[Stage], Any]] = {
+  "longer": longer,
+  "lossy": lossy,
+  "larger_target": larger_target,
+  "ladder": ladder,
+}
