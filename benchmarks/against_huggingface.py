@@ -72,10 +72,15 @@ def prepare(pair: Pair, args) -> Callable[[np.ndarray], dict[str, Callable[[], n
 
 
 def _torch_model(model: LanguageModel, params: Params):
+  with tempfile.TemporaryDirectory() as folder:
+    huggingface.export(folder, model, params)
+    return load(folder)
+
+
+def load(folder: str):
+  """Read what `weights.huggingface.export` wrote there: a T5ForConditionalGeneration, in eval mode, on the CPU."""
   import transformers  # noqa: PLC0415
 
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
-  with tempfile.TemporaryDirectory() as folder:
-    huggingface.export(folder, model, params)
-    return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+  return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()

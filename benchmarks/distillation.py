@@ -2,6 +2,8 @@
 
     python benchmarks/distillation.py                       # T5 v1.1 small teaches a d256 draft
     python benchmarks/distillation.py --preset quickstart   # the quickstart's pair
+    python benchmarks/distillation.py --preset base         # T5 v1.1 base teaches small, bfloat16: for a GPU
+    python benchmarks/distillation.py --against huggingface
 
 What the columns mean is in docs/benchmarks.md.
 """
@@ -9,10 +11,15 @@ What the columns mean is in docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
+import json
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import against_huggingface
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,59 +27,147 @@ import optax
 import printing
 import random_models
 
+from distillspec_jax import tokens, weights
 from distillspec_jax.analysis import latency
 from distillspec_jax.distillation import losses, methods, rollouts
+from distillspec_jax.distillation.costs import Size
 from distillspec_jax.distillation.optimizers import OPTIMIZERS, OptimizerConfig
-from distillspec_jax.distillation.step import StepConfig, TrainState, compile_train_step, init_state
-from distillspec_jax.types import ConfigError
+from distillspec_jax.distillation.step import StepConfig, TrainState, compile_train_step, init_state, make_train_step
+from distillspec_jax.models import T5, LanguageModel
+from distillspec_jax.types import ConfigError, Params
 
 PRESETS = {
     "small": dict(teacher="t5_1_1_small", student="d256", batch=8, input_length=128, output_length=64),
     "quickstart": dict(teacher="t5_mini_target", student="t5_mini_draft", batch=32, input_length=64, output_length=32),
+    "base": dict(
+        teacher="t5_1_1_base:dtype=bfloat16,param_dtype=bfloat16",
+        student="t5_1_1_small:dtype=bfloat16",
+        batch=32,
+        input_length=128,
+        output_length=64,
+    ),
 }
 WHOLE = "whole step"
+# Floating-point operations a second at most, of dense bfloat16 products; the first part of a device's kind that fits.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+Model = tuple[LanguageModel, Params]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
   """Measure, print, and give the report that --json writes."""
   args = _parse(argv)
+  if args.memory_of:
+    return report_memory(args)
+  if args.against:
+    # On a GPU torch and the processes whose memory is measured need room beside this one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   environment = latency.environment()
+  if args.against:
+    environment["against"] = {against_huggingface.TITLE: against_huggingface.version()}
   print(printing.environment_line(environment), flush=True)
+  for title, version in environment.get("against", {}).items():
+    print(f"{title}: {version}", flush=True)
   print(
       f"teacher {args.teacher}, student {args.student}, batch {args.batch}, {args.input_length} tokens in, "
       f"{args.output_length} sampled, {args.divergence}, {args.optimizer}, chunks of {args.chunk}, "
       f"medians of {args.repeats}"
   )
-  pieces = _Pieces(args)
-  programs = pieces.compile()
-  timings = latency.interleaved({name: call for name, (_, call) in programs.items()}, args.repeats)
-  tokens = int(timings[WHOLE].result["tokens"])
-  if tokens != args.batch * args.output_length:
-    raise RuntimeError(f"a row ended early, so the times do not compare: {tokens} tokens")
-  rows = [
-      {"piece": name, "seconds": timings[name].median_ms / 1e3, "temporary_bytes": _temporary_bytes(compiled)}
-      for name, (compiled, _) in programs.items()
-  ]
-  print("\n" + pieces_table(rows), flush=True)
+  pieces = Pieces(args, random_models.make(args.teacher, seed=0), random_models.make(args.student, seed=1))
   report = {"benchmark": "distillation", "settings": vars(args), "environment": environment}
-  report |= {"pieces": rows, "tokens": tokens}
+  report |= _compared(pieces) if args.against else _measured(pieces)
   printing.write_json(args.json, report)
   return report
 
 
-class _Pieces:
+def _measured(pieces: Pieces) -> dict[str, Any]:
+  programs = pieces.compile()
+  timings = latency.interleaved({name: call for name, (_, call) in programs.items()}, pieces.args.repeats)
+  rows = pieces_rows(pieces, programs, timings)
+  print("\n" + pieces_table(rows), flush=True)
+  return {"pieces": rows, "tokens": int(timings[WHOLE].result["tokens"])}
+
+
+def _compared(pieces: Pieces) -> dict[str, Any]:
+  import distillation_torch  # noqa: PLC0415  (needs torch)
+
+  theirs, found = distillation_torch.prepare(pieces)
+  programs = pieces.compile()
+  calls = {("ours", name): call for name, (_, call) in programs.items()}
+  calls |= {("torch", name): call for name, call in {WHOLE: theirs, **theirs.pieces()}.items()}
+  timings = latency.interleaved(calls, pieces.args.repeats)
+  rows = pieces_rows(pieces, programs, {name: timings["ours", name] for name in programs})
+  for row in rows:
+    row["torch_seconds"] = timings["torch", row["piece"]].median_ms / 1e3
+    row["torch_to_ours"] = row["torch_seconds"] / row["seconds"]
+  print("\n" + distillation_torch.tables(rows, found["memory"]), flush=True)
+  return {"pieces": rows, "tokens": int(timings["ours", WHOLE].result["tokens"])} | found
+
+
+def report_memory(args) -> dict[str, Any]:
+  """Make a few steps, say on stdout how much memory they took beyond the imports, and nothing else.
+
+  Returns:
+    What is printed as JSON: "bytes", at most; "before_bytes", after loading and compiling; "on_device", whether the
+    first is what a GPU gave instead, and the second None.
+  """
+  if args.memory_of == "torch":
+    import distillation_torch  # noqa: PLC0415  (needs torch)
+
+    make = lambda: distillation_torch.loaded(args)  # noqa: E731
+    against_huggingface.version()  # imports what loading imports
+  else:
+    make = lambda: _loaded(args)  # noqa: E731
+  imported = printing.resident_bytes()
+  step, peak_on_device = make()
+  before = printing.resident_bytes() - imported
+  for _ in range(args.repeats):
+    step()
+  if on_device := peak_on_device():
+    report = {"bytes": on_device, "before_bytes": None, "on_device": True}
+  else:
+    report = {"bytes": printing.resident_bytes(peak=True) - imported, "before_bytes": before, "on_device": False}
+  print(json.dumps(report), flush=True)
+  return report
+
+
+def _loaded(args) -> tuple[Callable, Callable[[], int]]:
+  """Make the step of weights in files, in as little memory as it takes: a call, and what says how much a GPU gave."""
+
+  def load(who: str) -> Model:
+    config = random_models.shape(getattr(args, who))
+    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    return weights.load_model(pathlib.Path(args.weights, who), config=dtypes)
+
+  pieces = Pieces(args, load("teacher"), load("student"))
+  # The given parameters themselves, no copy: the first step takes them over.
+  state = TrainState(jnp.zeros((), jnp.int32), pieces.params, jax.jit(pieces.tx.init)(pieces.params))
+  _, step = pieces.stepping(state)
+  stats = lambda: jax.local_devices()[0].memory_stats() or {}  # noqa: E731
+  return step, lambda: stats().get("peak_bytes_in_use", 0)
+
+
+class Pieces:
   """The step, and the same work as programs of their own, on the same arrays."""
 
-  def __init__(self, args):
+  def __init__(self, args, teacher: Model, student: Model):
     self.args = args
-    self.teacher, self.teacher_params = random_models.make(args.teacher, seed=0)
-    self.student, self.params = random_models.make(args.student, seed=1)
+    self.teacher, self.teacher_params = teacher
+    self.student, self.params = student
     method = methods.named("on_policy_gkd", divergence=args.divergence)
     self.config = StepConfig(method, target_length=args.output_length, chunk=args.chunk)
-    # So small a rate that the student stays as it was made: it must not learn to end its texts.
-    self.tx, _ = OptimizerConfig(name=args.optimizer, learning_rate=1e-9).build(1)
-    prompt = random_models.prompts(args.batch, args.input_length, self.student.vocab_size)
-    self.prompts = {"encoder_input_tokens": jnp.asarray(prompt)}
+    self.tx, _ = OptimizerConfig(name=args.optimizer, learning_rate=args.learning_rate).build(1)
+    prompts = random_models.prompts(args.batch, args.input_length, self.student.vocab_size)
+    self.prompts = {"encoder_input_tokens": jnp.asarray(prompts)}
     self.key = jax.random.key(0)
 
   def compile(self) -> dict[str, tuple[Any, Callable]]:
@@ -83,12 +178,38 @@ class _Pieces:
     learn = jax.jit(jax.grad(self.loss)).lower(self.params, batch).compile()
     gradients = learn(self.params, batch)
     return {
-        WHOLE: self._stepping(),
+        WHOLE: self.stepping(init_state(self.student, self.tx, params=self.params)),
         "rollout": (sample, lambda: sample(self.params, self.prompts, self.key)),
         "teacher": (teach, lambda: teach(self.teacher_params, batch)),
         "student": (learn, lambda: learn(self.params, batch)),
         "optimizer": self._updating(gradients),
     }
+
+  def flops(self) -> dict[str, float]:
+    """Give name -> floating-point operations (`distillation.costs`); the optimizer's are not counted."""
+    teacher, student = Size.of(self.teacher), Size.of(self.student)
+    read = self.args.batch * self.args.input_length, self.args.batch * self.args.output_length
+    parts = {"rollout": student.forward(*read), "teacher": teacher.forward(*read)}
+    parts["student"] = 3.0 * student.forward(*read)
+    return {WHOLE: sum(parts.values()), **parts}
+
+  def judged(self, sampled: np.ndarray) -> dict[str, float]:
+    """Take the step on given sequences [B, T], in float32 throughout: "loss" and "gradient_norm"."""
+    exact = dict(dtype="float32", param_dtype="float32")
+    teacher, student = (T5(dataclasses.replace(model.config, **exact)) for model in (self.teacher, self.student))
+    cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float32))
+    method = dataclasses.replace(self.config.method, fixed_data_fraction=1.0)
+    step = make_train_step(student, teacher, self.tx, dataclasses.replace(self.config, method=method))
+    batch = self.prompts | {
+        "decoder_input_tokens": tokens.shift_right(sampled),
+        "decoder_target_tokens": jnp.asarray(sampled),
+        "decoder_loss_weights": tokens.valid_mask(sampled),
+    }
+    with jax.default_matmul_precision("highest"):
+      state = init_state(student, self.tx, params=cast(self.params))
+      _, metrics = jax.jit(step)(state, cast(self.teacher_params), batch, self.key)
+    total, count = metrics["loss"]
+    return {"loss": float(total / count), "gradient_norm": float(metrics["gradient_norm"])}
 
   def rollout(self, params, prompts, key):
     """Sample y with the student, as the step does: the batch, and the source."""
@@ -118,9 +239,10 @@ class _Pieces:
         reduction=self.config.reduction,
     ).loss
 
-  def _stepping(self):
+  def stepping(self, state: TrainState) -> tuple[Any, Callable]:
+    """Compile the whole step; its calls begin with this state, which they give away."""
     step = compile_train_step(self.student, self.teacher, self.tx, self.config)
-    state = [init_state(self.student, self.tx, params=self.params)]
+    state = [state]
     compiled = step.lower(state[0], self.teacher_params, self.prompts, self.key).compile()
 
     def call():
@@ -147,20 +269,50 @@ class _Pieces:
     return compiled, call
 
 
+def pieces_rows(pieces: Pieces, programs, timings) -> list[dict[str, Any]]:
+  """Say what our whole step and each piece take.
+
+  Raises:
+    RuntimeError: a row ended early, so that the times do not compare.
+  """
+  sampled = int(timings[WHOLE].result["tokens"])
+  if sampled != pieces.args.batch * pieces.args.output_length:
+    raise RuntimeError(f"a row ended early, so the times do not compare: {sampled} tokens")
+  flops, peak = pieces.flops(), peak_flops(jax.devices()[0].device_kind)
+  rows = []
+  for name, (compiled, _) in programs.items():
+    seconds = timings[name].median_ms / 1e3
+    rows.append({
+        "piece": name,
+        "seconds": seconds,
+        "temporary_bytes": int(compiled.memory_analysis().temp_size_in_bytes),
+        "flops": flops.get(name),
+        "peak_share": flops[name] / seconds / peak if peak and name in flops else None,
+    })
+  return rows
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Give what a device of jax's `device_kind` can do at most, operations a second; None where that is not known."""
+  return next((peak for part, peak in PEAK_FLOPS.items() if part in device_kind), None)
+
+
 def pieces_table(rows: list[dict[str, Any]]) -> str:
   """Lay out the whole step, its pieces and their sum."""
   whole = next(row["seconds"] for row in rows if row["piece"] == WHOLE)
   pieces = sum(row["seconds"] for row in rows if row["piece"] != WHOLE)
   lines = [
-      [row["piece"], f"{row['seconds']:.4f}", f"{row['seconds'] / whole:.0%}", row["temporary_bytes"] / 1e6]
+      [
+          row["piece"],
+          f"{row['seconds']:.4f}",
+          f"{row['seconds'] / whole:.0%}",
+          row["temporary_bytes"] / 1e6,
+          printing.share(row["peak_share"]),
+      ]
       for row in rows
   ]
-  lines.append(["sum of the pieces", f"{pieces:.4f}", f"{pieces / whole:.0%}", None])
-  return printing.table(["piece", "seconds", "of the whole", "temporary MB"], lines)
-
-
-def _temporary_bytes(compiled) -> int:
-  return int(compiled.memory_analysis().temp_size_in_bytes)
+  lines.append(["sum of the pieces", f"{pieces:.4f}", f"{pieces / whole:.0%}", None, None])
+  return printing.table(["piece", "seconds", "of the whole", "temporary MB", "of peak FLOP/s"], lines)
 
 
 def _parse(argv: Sequence[str] | None):
@@ -173,9 +325,17 @@ def _parse(argv: Sequence[str] | None):
   parser.add_argument("--output_length", type=int, help="sampled tokens")
   parser.add_argument("--divergence", default="fkl")
   parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+  parser.add_argument(
+      "--learning_rate", type=float, default=1e-9, help="so small that the student does not learn to end its texts"
+  )
   parser.add_argument("--chunk", type=int, default=16, help="positions of T whose logits exist at a time")
   parser.add_argument("--repeats", type=int, default=7, help="timed calls of each, in turns")
+  parser.add_argument("--against", choices=("huggingface",), help="set the same step in torch beside ours")
   parser.add_argument("--json", metavar="FILE", help="write everything there as JSON too")
+  # For the processes of their own in which --against measures memory.
+  parser.add_argument("--memory_of", choices=("ours", "torch"), help=argparse.SUPPRESS)
+  parser.add_argument("--weights", help=argparse.SUPPRESS)
+  parser.add_argument("--device", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   for name, value in PRESETS[args.preset].items():
     if getattr(args, name) is None:
@@ -183,6 +343,8 @@ def _parse(argv: Sequence[str] | None):
   for name in ("batch", "input_length", "output_length", "repeats"):
     if np.min(getattr(args, name)) < 1:
       raise ConfigError(f"--{name} is {getattr(args, name)}: must be at least 1.")
+  if args.against and (args.divergence, args.optimizer) != ("fkl", "adamw"):
+    raise ConfigError("--against compares fkl and adamw: leave --divergence and --optimizer as they are.")
   return args
 
 

@@ -1,9 +1,10 @@
-"""What both benchmarks print and write: the environment, tables in Markdown, JSON."""
+"""What the benchmarks print and write: the environment, tables in Markdown, JSON; and how much memory they have."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import resource
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
   """Lay out a Markdown table; floats get three significant digits, None a dash."""
   cells = [list(columns)] + [[_cell(value) for value in row] for row in rows]
   widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-  lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells]
+  padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in cells]
+  lines = ["| " + " | ".join(row) + " |" for row in padded]
   lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
   return "\n".join(lines)
 
@@ -42,6 +44,22 @@ def run(main: Callable[[Sequence[str] | None], Any]) -> None:
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def share(value: float | None) -> str | None:
+  """Write a share as percent."""
+  return None if value is None else f"{value:.1%}"
+
+
+def resident_bytes(peak: bool = False) -> int:
+  """Say how much memory this process has now, or had at most so far; without Linux's /proc always the latter."""
+  try:
+    status = pathlib.Path("/proc/self/status").read_text()
+  except OSError:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+  # Not ru_maxrss: a new process begins with that of the one that started it.
+  name = "VmHWM:" if peak else "VmRSS:"
+  return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
 
 
 def _cell(value: Any) -> str:

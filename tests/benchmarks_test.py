@@ -211,11 +211,19 @@ def test_a_row_that_ends_early_is_no_comparison(random_models, against, monkeypa
     against.compare(["theirs"], pair, [np.ones((1, 3), np.int32)], ours, args)
 
 
-@pytest.mark.parametrize("library, module", [("huggingface", "transformers"), ("t5x", "t5x")])
-def test_a_library_that_is_not_installed_is_one_line(tmp_path, monkeypatch, library, module):
+@pytest.mark.parametrize(
+  "script, library, module",
+  [
+    ("decoding.py", "huggingface", "transformers"),
+    ("decoding.py", "t5x", "t5x"),
+    ("distillation.py", "huggingface", "transformers"),
+    ("distillation.py", "huggingface", "torch"),
+  ],
+)
+def test_a_library_that_is_not_installed_is_one_line(tmp_path, monkeypatch, script, library, module):
   (tmp_path / f"{module}.py").write_text("raise ImportError('not here')")
   monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-  done = run("decoding.py", "--against", library, f"--target={TINY}")
+  done = run(script, "--against", library)
   assert done.returncode == 2
   (line,) = done.stderr.strip().splitlines()
   assert line.startswith(f"error: --against {library} needs ")
