@@ -14,12 +14,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import distillspec_jax as ds
-from distillspec_jax import convert as door
-from distillspec_jax import models, weights
+from distillspec_jax import conversion, models, weights
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import sources, trees
 
@@ -90,14 +87,11 @@ def test_dtypes(source, tmp_path):
   assert held.model.config.param_dtype == "bfloat16"
 
 
-def run_main(**flag_values):
-  """Call the door in this process, which saves seconds; return what it printed."""
+def run_main(**fields):
+  """Convert in this process, which saves seconds; return what was printed."""
   said = io.StringIO()
-  flags.FLAGS.unparse_flags()
-  with flagsaver.flagsaver(), contextlib.redirect_stdout(said):
-    arguments = [f"--{name}={value}" for name, value in flag_values.items()]
-    flags.FLAGS(["convert", *arguments])
-    door.main([])
+  with contextlib.redirect_stdout(said):
+    conversion.run(conversion.Request(**fields))
   return said.getvalue()
 
 
@@ -136,7 +130,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
       return True
 
   monkeypatch.setattr(sys, "stderr", Terminal())
-  assert list(door.track(range(3), "writing")) == [0, 1, 2]
+  assert list(conversion.track(range(3), "writing")) == [0, 1, 2]
   assert "writing:" in sys.stderr.getvalue() and "0/3" in sys.stderr.getvalue()
 
 

@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 
+from distillspec_jax import cli
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -56,6 +58,7 @@ def test_console_scripts_are_doors(wheel):
   for target in scripts.values():
     module, function = target.split(":")
     assert module == "distillspec_jax.cli"
-    door = ROOT / "distillspec_jax" / f"{function}.py"
+    (name,) = getattr(cli, function).args
+    door = ROOT / "distillspec_jax" / f"{name.replace('.', '/')}.py"
     functions = {node.name for node in ast.parse(door.read_text()).body if isinstance(node, ast.FunctionDef)}
     assert "main" in functions, f"{door} has no main(argv)"
