@@ -2,7 +2,7 @@
 
 Nearly all of the tests' time is compilation, so XLA optimises less here than for users: a third of the processor time.
 `DISTILLSPEC_TEST_AS_USERS=1` compiles as users' programs are compiled; launch/test.sh runs the tests that are marked
-`as_users` once more that way.
+`as_users` that way.
 """
 
 import gc

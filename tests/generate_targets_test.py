@@ -300,7 +300,6 @@ SMALL_MODEL = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_the_guides_commands(tmp_path, monkeypatch):
   """docs/offline_targets.md from top to bottom, with small models and short runs; generate_targets in a process."""
   monkeypatch.chdir(tmp_path)

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from distillspec_jax import quickstart
 
 SUMMARY = {"task", "gamma", "devices", "seconds", "t0", "t1"}
@@ -43,7 +41,6 @@ def test_the_table_shows_the_summary():
   assert "19 of 20" in text
 
 
-@pytest.mark.slow
 def test_all_parts_run(tmp_path):
   command = [sys.executable, "-m", "distillspec_jax.quickstart", "--smoke", f"--output_dir={tmp_path / 'out'}"]
   environment = {**os.environ, "XLA_FLAGS": ""}
