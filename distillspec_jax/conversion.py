@@ -12,13 +12,11 @@ import math
 import pathlib
 import re
 import shutil
-import sys
-import time
 import uuid
 
 import numpy as np
 
-from distillspec_jax import models, weights
+from distillspec_jax import item_progress, models, weights
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import (
   comparison,
@@ -152,20 +150,8 @@ def _summary(sides) -> str:
 
 
 def track(items, what):
-  """Show progress over tensors: a bar on a terminal, a few lines elsewhere."""
-  items = list(items)
-  if sys.stderr.isatty():
-    import tqdm  # noqa: PLC0415  (only for a person at a terminal)
-
-    yield from tqdm.tqdm(items, desc=what, unit="tensor", dynamic_ncols=True, leave=False, file=sys.stderr)
-    return
-  begin = last = time.monotonic()
-  for number, item in enumerate(items):
-    if time.monotonic() - last >= 20:
-      last = time.monotonic()
-      print(f"{what}: tensor {number} of {len(items)}, {last - begin:.0f} s", file=sys.stderr, flush=True)
-    yield item
-  print(f"{what}: {len(items)} tensors, {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+  """Show progress over tensors."""
+  return item_progress.track(items, what, "tensor", "tensors")
 
 
 def _empty_output(output: pathlib.Path, source: pathlib.Path) -> pathlib.Path:

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from distillspec_jax import task_results, weights
+from distillspec_jax import item_progress, task_results, weights
 from distillspec_jax.analysis import latency
 from distillspec_jax.analysis.costs import Costs, Pair
 from distillspec_jax.analysis.measure import MeasureConfig, Measurement, log_likelihoods, measure
@@ -216,23 +215,10 @@ def _json(value, indent: int | None = None) -> str:
 
 
 def batch_progress(label: str) -> Callable[[Iterable, str], Iterable]:
-  """Make what shows progress over batches: a bar on a terminal, a few lines elsewhere."""
+  """Make what shows progress over batches."""
 
   def track(items, what):
-    items = list(items)
-    name = f"{label}: {what}" if label else what
-    if sys.stderr.isatty():
-      import tqdm  # noqa: PLC0415  (only for a person at a terminal)
-
-      yield from tqdm.tqdm(items, desc=name, unit="batch", dynamic_ncols=True, leave=False, file=sys.stderr)
-      return
-    begin = last = time.monotonic()
-    for number, item in enumerate(items):
-      if time.monotonic() - last >= 20:
-        last = time.monotonic()
-        print(f"{name}: batch {number} of {len(items)}, {last - begin:.0f} s", file=sys.stderr, flush=True)
-      yield item
-    print(f"{name}: {len(items)} batches, {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+    return item_progress.track(items, f"{label}: {what}" if label else what, "batch", "batches")
 
   return track
 

@@ -71,6 +71,26 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     gin.finalize()
 
 
+def bound(configurable: Callable, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Any, str]:
+  """Call what `register` gave under the configuration of gin files and bindings, and forget that again.
+
+  Returns:
+    What it returns, and the operative configuration as text.
+
+  Raises:
+    ConfigError: what `parse` says, or the configurable itself.
+  """
+  try:
+    parse(files, bindings)
+    try:
+      result = configurable()
+    except ConfigError as error:
+      raise ConfigError(one_line(error)) from None  # gin adds where it was called from
+    return result, gin.operative_config_str()
+  finally:
+    gin.clear_config()
+
+
 def register(configurable: Callable, name: str | None = None) -> Callable:
   """Let gin bind the arguments of a function or dataclass; types are checked, errors name the gin key.
 

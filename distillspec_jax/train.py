@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gin
 import jax
 import numpy as np
 from absl import flags
@@ -156,25 +155,13 @@ def run_from_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> dict[str
   Returns:
     What `train` returns.
   """
-  arguments, text = _parsed(files, bindings)
+  arguments, text = gin_binding.bound(_arguments, files, bindings)
   return train(**arguments, config_text=text)
 
 
 def arguments_from_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> dict[str, Any]:
   """Return what `train` would be called with, without training; arguments as `run_from_gin`'s."""
-  return _parsed(files, bindings)[0]
-
-
-def _parsed(files: Sequence[str], bindings: Sequence[str]) -> tuple[dict[str, Any], str]:
-  try:
-    gin_binding.parse(files, bindings)
-    try:
-      arguments = _arguments()
-    except ConfigError as error:
-      raise ConfigError(cli.one_line(error)) from None  # gin adds where it was called from
-    return arguments, gin.operative_config_str()
-  finally:
-    gin.clear_config()
+  return gin_binding.bound(_arguments, files, bindings)[0]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from distillspec_jax import cli  # first: it quietens TensorFlow before it loads
-
-# isort: split
 import pathlib
 from collections.abc import Sequence
 
-import gin
 from absl import flags
 
-from distillspec_jax import gin_binding
+from distillspec_jax import gin_binding  # imports cli, which quietens TensorFlow before it loads
 from distillspec_jax.study import plots, runs, tables
 from distillspec_jax.study.config import StudyConfig
-from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import integrity
 
 
@@ -29,14 +24,7 @@ define_flags = gin_binding.define_flags
 
 def config_from_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> StudyConfig:
   """Bind the study's settings; arguments as `train.run_from_gin`'s."""
-  try:
-    gin_binding.parse(files, bindings)
-    try:
-      return _config()
-    except ConfigError as error:
-      raise ConfigError(cli.one_line(error)) from None  # gin adds where it was called from
-  finally:
-    gin.clear_config()
+  return gin_binding.bound(_config, files, bindings)[0]
 
 
 def main(argv: Sequence[str]) -> None:
