@@ -27,12 +27,20 @@ import optax
 import printing
 import random_models
 
-from distillspec_jax import tokens, weights
+from distillspec_jax import process_memory, tokens, weights
 from distillspec_jax.analysis import latency
 from distillspec_jax.distillation import losses, methods, rollouts
 from distillspec_jax.distillation.costs import Size
 from distillspec_jax.distillation.optimizers import OPTIMIZERS, OptimizerConfig
-from distillspec_jax.distillation.step import StepConfig, TrainState, compile_train_step, init_state, make_train_step
+from distillspec_jax.distillation.step import (
+    StepConfig,
+    TrainState,
+    abstract_state,
+    compile_train_step,
+    compiler_options,
+    init_state,
+    make_train_step,
+)
 from distillspec_jax.models import T5, LanguageModel
 from distillspec_jax.types import ConfigError, Params
 
@@ -79,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{title}: {version}", flush=True)
   print(
       f"teacher {args.teacher}, student {args.student}, batch {args.batch}, {args.input_length} tokens in, "
-      f"{args.output_length} sampled, {args.divergence}, {args.optimizer}, chunks of {args.chunk}, "
-      f"medians of {args.repeats}"
+      f"{args.output_length} sampled, {args.divergence}, {args.optimizer}, chunks of {args.chunk}"
+      f"{', rematerialised' if args.remat else ''}, medians of {args.repeats}"
   )
   pieces = Pieces(args, random_models.make(args.teacher, seed=0), random_models.make(args.student, seed=1))
   report = {"benchmark": "distillation", "settings": vars(args), "environment": environment}
@@ -148,10 +156,16 @@ def _loaded(args) -> tuple[Callable, Callable[[], int]]:
     dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
     return weights.load_model(pathlib.Path(args.weights, who), config=dtypes)
 
+  abstract = (T5(random_models.shape(getattr(args, who))) for who in ("teacher", "student"))
+  pieces = Pieces(args, *((model, model.abstract_params()) for model in abstract))
+  # Compiled before there are weights: what compiling takes for a while is not needed beside them.
+  compiled = pieces.compile_step(abstract_state(pieces.student, pieces.tx))
+  process_memory.return_freed()
   pieces = Pieces(args, load("teacher"), load("student"))
   # The given parameters themselves, no copy: the first step takes them over.
   state = TrainState(jnp.zeros((), jnp.int32), pieces.params, jax.jit(pieces.tx.init)(pieces.params))
-  _, step = pieces.stepping(state)
+  process_memory.return_freed()
+  _, step = pieces.stepping(state, compiled)
   stats = lambda: jax.local_devices()[0].memory_stats() or {}  # noqa: E731
   return step, lambda: stats().get("peak_bytes_in_use", 0)
 
@@ -163,8 +177,9 @@ class Pieces:
     self.args = args
     self.teacher, self.teacher_params = teacher
     self.student, self.params = student
+    self.learner = T5(dataclasses.replace(self.student.config, remat=args.remat))
     method = methods.named("on_policy_gkd", divergence=args.divergence)
-    self.config = StepConfig(method, target_length=args.output_length, chunk=args.chunk)
+    self.config = StepConfig(method, target_length=args.output_length, chunk=args.chunk, remat=args.remat)
     self.tx, _ = OptimizerConfig(name=args.optimizer, learning_rate=args.learning_rate).build(1)
     prompts = random_models.prompts(args.batch, args.input_length, self.student.vocab_size)
     self.prompts = {"encoder_input_tokens": jnp.asarray(prompts)}
@@ -175,7 +190,7 @@ class Pieces:
     sample = jax.jit(self.rollout).lower(self.params, self.prompts, self.key).compile()
     batch, _ = sample(self.params, self.prompts, self.key)
     teach = jax.jit(self.teach).lower(self.teacher_params, batch).compile()
-    learn = jax.jit(jax.grad(self.loss)).lower(self.params, batch).compile()
+    learn = jax.jit(jax.grad(self.loss), compiler_options=compiler_options(self.config)).lower(self.params, batch).compile()
     gradients = learn(self.params, batch)
     return {
         WHOLE: self.stepping(init_state(self.student, self.tx, params=self.params)),
@@ -227,7 +242,7 @@ class Pieces:
 
   def loss(self, params, batch):
     """Run the student over the sequences and compare with a teacher that costs no matrix product: a scalar."""
-    hidden = self.student.hidden(params, batch)
+    hidden = self.learner.hidden(params, batch)
     slope = jnp.linspace(0.0, 1.0, self.student.vocab_size)
     return losses.chunked_loss(
         self.config.method.divergence,
@@ -239,11 +254,15 @@ class Pieces:
         reduction=self.config.reduction,
     ).loss
 
-  def stepping(self, state: TrainState) -> tuple[Any, Callable]:
-    """Compile the whole step; its calls begin with this state, which they give away."""
+  def compile_step(self, state: TrainState) -> Any:
+    """Compile the whole step for a state like this one."""
     step = compile_train_step(self.student, self.teacher, self.tx, self.config)
+    return step.lower(state, self.teacher_params, self.prompts, self.key).compile()
+
+  def stepping(self, state: TrainState, compiled: Any = None) -> tuple[Any, Callable]:
+    """Give the compiled step and a call of it; the calls begin with this state, which they give away."""
+    compiled = compiled or self.compile_step(state)
     state = [state]
-    compiled = step.lower(state[0], self.teacher_params, self.prompts, self.key).compile()
 
     def call():
       state[0], metrics = compiled(state[0], self.teacher_params, self.prompts, self.key)
@@ -328,7 +347,8 @@ def _parse(argv: Sequence[str] | None):
   parser.add_argument(
       "--learning_rate", type=float, default=1e-9, help="so small that the student does not learn to end its texts"
   )
-  parser.add_argument("--chunk", type=int, default=16, help="positions of T whose logits exist at a time")
+  parser.add_argument("--chunk", type=int, default=8, help="positions of T whose logits exist at a time")
+  parser.add_argument("--remat", action="store_true", help="compute the student's layers again for the gradient")
   parser.add_argument("--repeats", type=int, default=7, help="timed calls of each, in turns")
   parser.add_argument("--against", choices=("huggingface",), help="set the same step in torch beside ours")
   parser.add_argument("--json", metavar="FILE", help="write everything there as JSON too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -239,9 +240,12 @@ def _memory_of(library: str, folder: str, device: str, args) -> dict[str, Any]:
           str(pathlib.Path(__file__).with_name("distillation.py")),
           *(f"--{name}={getattr(args, name)}" for name in settings),
           *(f"--memory_of={library}", f"--weights={folder}", f"--device={device}", f"--repeats={_STEPS}"),
+          *(["--remat"] if args.remat else []),
       ],
       capture_output=True,
       text=True,
+      # glibc keeps what threads have freed for each thread apart; two such arenas are enough for either library.
+      env={"MALLOC_ARENA_MAX": "2"} | os.environ,
   )
   if done.returncode:
     raise RuntimeError(f"the process that measures the memory of {library} failed:\n{done.stderr[-2000:]}")

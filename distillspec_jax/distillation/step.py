@@ -50,7 +50,7 @@ class StepConfig:
   Attributes:
     method: divergence and data mixture.
     target_length: T, tokens of a target or of a sampled sequence.
-    chunk: C, positions of T whose logits exist at a time; more is faster until memory runs out.
+    chunk: C, positions of T whose logits exist at a time; the fastest is what a cache holds (docs/benchmarks.md).
     vocab_chunk: tokens of the vocabulary whose logits exist at a time: less memory for a second and third unembedding.
       None, or as many as there are: all of them. A mesh with `model` over 1 has split the vocabulary already; there
       each chunk would gather the output layer.
@@ -69,7 +69,7 @@ class StepConfig:
 
   method: Method
   target_length: int
-  chunk: int = 16
+  chunk: int = 8
   reduction: str = "sequence"
   accumulate: int = 1
   speculative_rollouts: int = 0
@@ -174,9 +174,8 @@ def compile_train_step(
   metrics are replicated, and so should the key be (`run_key`). One compilation serves all sources.
   """
   step = make_train_step(student, teacher, tx, config, schedule=schedule)
-  options = dict(_KEEP_BARRIERS) if config.remat and jax.default_backend() == "cpu" else None
   if mesh is None:
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(config))
   replicated = NamedSharding(mesh, PartitionSpec())
   state = partitioning.state_shardings(abstract_state(student, tx), student, mesh)
   target = partitioning.param_shardings(teacher, mesh) if config.method.needs_target else None
@@ -186,7 +185,7 @@ def compile_train_step(
       donate_argnums=0,
       in_shardings=(state, target, batch, replicated),
       out_shardings=(state, replicated),
-      compiler_options=options,
+      compiler_options=compiler_options(config),
   )
 
   def on_mesh(*args):
@@ -194,6 +193,11 @@ def compile_train_step(
       return jitted(*args)
 
   return on_mesh
+
+
+def compiler_options(config: StepConfig) -> dict[str, str] | None:
+  """Give what XLA must be told so that a step is compiled as configured; None is nothing."""
+  return dict(_KEEP_BARRIERS) if config.remat and jax.default_backend() == "cpu" else None
 
 
 def check_packing(method: Method, student, teacher=None) -> None:
