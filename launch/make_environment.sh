@@ -104,6 +104,6 @@ PY
 
 set -o pipefail
 _use_environment
-# shellcheck disable=SC2046,SC2086  # extras are words
+# shellcheck disable=SC2046,SC2086,SC2153  # extras are words, of whoever sources this
 _install_when_needed $(_wanted_extras $EXTRAS)
 export PYTHON

@@ -4,6 +4,7 @@
 # Without arguments: all but those marked slow (bash launch/test.sh -m slow), those marked as_users in a second run, in
 # which programs are compiled as users' are (tests/conftest.py).
 set -euo pipefail
+# shellcheck disable=SC2034  # make_environment.sh reads it
 EXTRAS="test"
 source "$(dirname "${BASH_SOURCE[0]}")/make_environment.sh"
 cd "$ROOT"
