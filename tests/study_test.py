@@ -27,7 +27,7 @@ T5Config.num_decoder_layers = 1
 
 
 def test_the_lines_are_the_table_of_the_paper_and_its_controls():
-  lines = list(study_lines.lines("gsm8k,multi30k", 3))
+  lines = [part for part in study_lines.parts("gsm8k-*,multi30k-*", 3) if isinstance(part, Line)]
   assert len({line.name for line in lines}) == len(lines)
   of = lambda task, seed: [line.recipe for line in lines if (line.task, line.seed) == (task, seed)]
   assert of("multi30k", 0) == of("gsm8k", 2) == ["none", *study_lines.MAIN]
@@ -39,14 +39,15 @@ def test_the_lines_are_the_table_of_the_paper_and_its_controls():
   assert study_lines.same_as("fkl/draft") == "on_policy_gkd" and study_lines.same_as("tvd/mixed") == "f_distill"
   methods = [Line("gsm8k", recipe, 0).method for recipe in whole if recipe != "none"]
   assert len({str(study_lines._recipe(method)) for method in methods}) == len(methods)  # nothing is run twice
-  with pytest.raises(ConfigError, match="unknown task 'gsm8'"):
-    list(study_lines.lines("gsm8", 1))
+  assert [line.name for line in study_lines.main_lines("multi30k", 2)] == [
+    line.name for seed in (0, 1) for line in lines if (line.task, line.seed) == ("multi30k", seed)
+  ]
 
 
-def test_trials_are_those_of_the_tasks():
-  assert {trial.name for trial in study_lines.trials("multi30k,gsm8k")} == {
-    "multi30k-longer", "gsm8k-longer", "multi30k-lossy", "multi30k-larger_target",
-  }  # fmt: skip
+def test_parts_are_chosen_by_their_names():
+  names = lambda patterns: [part.name for part in study_lines.parts(patterns, 3)]
+  assert names("gsm8k-none-?, multi30k-lossy") == ["gsm8k-none-0", "gsm8k-none-1", "gsm8k-none-2", "multi30k-lossy"]
+  assert len(set(names("*"))) == len(names("*")) == len(names("gsm8k-*")) + len(names("[!g]*"))
   assert {trial.kind for trial in study_lines.TRIALS} == set(trials.TRIALS)
 
 
@@ -60,7 +61,7 @@ def small(tmp_path, monkeypatch):
   for module in (study_lines, stage):
     monkeypatch.setattr(module, "TASKS", tasks)
   monkeypatch.setattr(study_lines, "TRIALS", tuple(Trial("tiny_judged", kind) for kind in trials.TRIALS))
-  for module in (study_lines, trials, runs.lines, plots):
+  for module in (study_lines, trials, plots):
     monkeypatch.setattr(module, "MAIN", ("on_policy_gkd", "tvd/data"))
   monkeypatch.setattr(trials, "LENIENCES", (1.0, 0.1))
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
@@ -75,7 +76,7 @@ def small(tmp_path, monkeypatch):
 
 def run(folder, *bindings):
   steps = [f"StudyConfig.{kind}_steps = 60" for kind in ("target", "draft", "distill")]
-  sizes = ["StudyConfig.seeds = 1", "StudyConfig.prompts = 6", "TASKS = 'tiny_judged'"]
+  sizes = ["StudyConfig.seeds = 1", "StudyConfig.prompts = 6"]
   where = [f"OUTPUT_DIR = {str(folder / 'out')!r}", f"RESULTS_DIR = {str(folder / 'results')!r}"]
   return runs.run(door.config_from_gin(["runs/study.gin"], [*where, *steps, *sizes, *bindings]))
 
@@ -109,7 +110,8 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   text = tables.as_markdown(parts)
   assert "## tiny_judged" in text and "| on_policy_gkd | 1 |" in text and "| none | 1 |" in text
   assert "The same drafts on tiny_other_vocabulary" in text and "| fkl |" in text
-  assert "120 updates instead" in text and "Lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
+  assert "| `tiny_judged-on_policy_gkd-0` |" in text and "`tiny_judged-longer`: 120 updates instead" in text
+  assert "lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
   drawn = plots.draw(parts)
   assert set(drawn) == {"tiny_judged-block_efficiency", "tiny_judged-lossy", "tiny_judged-ladder"}
   assert all(png.startswith(b"\x89PNG") for png in drawn.values())
@@ -124,7 +126,7 @@ def check_trials(found):
     assert len(exact) == 1
     assert lossy[recipe, 0.0, "lossy_exp", 0.1]["tau"] >= lossy[recipe, 0.0, "lossy_exp", 1.0]["tau"]
   longer = found["longer"]["lines"]
-  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 120), ("tvd/data", 120)]
+  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 120)]
   larger = found["larger_target"]
   assert larger["parameters"]["larger"] > larger["parameters"]["target"]
   assert [line["recipe"] for line in larger["lines"]] == ["none", "on_policy_gkd", "tvd/data"]
@@ -140,19 +142,19 @@ def test_gains_are_over_the_draft_of_the_same_seed():
   keys = [key for key, *_ in tables._COLUMNS]
   figure = lambda names, value: {f"{key}{ci}": [value - 0.1, value + 0.1] if ci else value for key in names for ci in ("", "_ci")}
   of = lambda recipe, seed, value, **more: {
-    "task": "x", "recipe": recipe, "seed": seed, "transfer": {},
+    "task": "x", "recipe": recipe, "seed": seed, "name": f"x-{recipe}-{seed}", "transfer": {},
     "measured": figure(keys, value) | more | {"target_metrics": {"bleu": 3.0, "bleu_ci": [2.0, 4.0]}, "prompts": 2},
   }  # fmt: skip
   gains = lambda value: figure(tables._GAINS, value)
   lines = [of("none", 0, 1.0), of("none", 1, 2.0), of("skd", 0, 1.1, **gains(1.1)), of("skd", 1, 2.6, **gains(1.3))]
   text = tables.as_markdown(lines)
   (row,) = [line for line in text.splitlines() if line.startswith("| skd")]
-  assert row.endswith("| +20% [+0, +40] | +20% [+0, +40] |") and "1.85 [1.00, 2.70]" in row
+  assert row.endswith("| +20% [+0, +40] | +20% [+0, +40] | `x-skd-*` |") and "1.85 [1.00, 2.70]" in row
   assert "bleu 3.0 [2.0, 4.0]" in text
 
 
 @pytest.mark.parametrize("binding, message", [
-  ("TASKS = 'gsm9k'", "unknown task 'gsm9k' of the study"),
+  ("PARTS = 'gsm8k-none-0,gsm9k-*'", "no part of the study is called 'gsm9k-\\*'"),
   ("StudyConfig.seeds = 0", "StudyConfig.seeds is 0"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path, binding, message):

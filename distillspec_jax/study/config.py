@@ -16,7 +16,7 @@ class StudyConfig:
     output_dir: models and caches.
     results_dir: finished lines, small enough to be kept with the code.
     data_dir: TFDS's folder.
-    tasks: of `lines.TASKS`, separated by commas.
+    parts: patterns of the names of what to make (`gsm8k-*`, `multi30k-lossy`), separated by commas.
     pieces: of each trained vocabulary.
     target_steps, draft_steps, distill_steps: updates of each kind of training.
     seeds: of the main recipes.
@@ -27,7 +27,7 @@ class StudyConfig:
   output_dir: str
   results_dir: str = "docs/results"
   data_dir: str | None = None
-  tasks: str = "gsm8k,multi30k,debian_synopsis,pydoc_lm"
+  parts: str = "*"
   pieces: int = 4096
   target_steps: int = 900
   draft_steps: int = 600
@@ -40,4 +40,4 @@ class StudyConfig:
     for name in ("pieces", "target_steps", "draft_steps", "distill_steps", "seeds", "prompts"):
       if getattr(self, name) < 1:
         raise ConfigError(f"StudyConfig.{name} is {getattr(self, name)}; it must be at least 1")
-    list(lines.lines(self.tasks, self.seeds))
+    lines.parts(self.parts, self.seeds)

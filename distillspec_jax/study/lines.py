@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 
 from distillspec_jax.distillation.methods import METHODS, SOURCES, Method, grid
@@ -47,7 +48,8 @@ TASKS = {
     StudyTask("pydoc_lm", 48, 48, 32, "models/decoder_lm_mini_target.gin", "models/decoder_lm_mini_draft.gin"),
   )
 }
-MAIN = ("on_policy_gkd", "tvd/draft", "lk_lambda")  # on every task and with every seed
+# On every task and with every seed: GKD, and the two that were best on GSM8K, at T = 1 and at T = 0.
+MAIN = ("on_policy_gkd", "lk_lambda", "supervised_kd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,37 +106,40 @@ TRIALS = (
 )
 
 
-def trials(tasks: str) -> list[Trial]:
-  """Give the trials of some tasks; arguments and errors as `lines`'."""
-  chosen = _chosen(tasks)
-  return [trial for trial in TRIALS if trial.task in chosen]
-
-
-def lines(tasks: str, seeds: int) -> Iterator[Line]:
-  """Give the study's lines, those that say most first.
+def parts(patterns: str, seeds: int) -> list[Line | Trial]:
+  """Give the study's lines, those that say most first, and after them its trials.
 
   Args:
-    tasks: names, separated by commas.
+    patterns: of their names (`gsm8k-*`, `multi30k-lossy`), separated by commas.
     seeds: of the main recipes; the others are run once.
 
   Raises:
-    ConfigError: an unknown task.
+    ConfigError: a pattern that no part's name matches.
   """
-  chosen = _chosen(tasks)
+  known = [*_lines(seeds), *TRIALS]
+  wanted = [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+  for pattern in wanted:
+    if not any(fnmatch.fnmatchcase(part.name, pattern) for part in known):
+      raise ConfigError(
+        f"no part of the study is called {pattern!r}: there are TASK-RECIPE-SEED and TASK-TRIAL, such as"
+        f" {known[0].name} and {known[-1].name}; tasks are {', '.join(TASKS)}, trials"
+        f" {', '.join(dict.fromkeys(trial.kind for trial in TRIALS))}"
+      )
+  return [part for part in known if any(fnmatch.fnmatchcase(part.name, pattern) for pattern in wanted)]
+
+
+def main_lines(task: str, seeds: int) -> list[Line]:
+  """Give the lines of a task that have every seed."""
+  return [line for line in _lines(seeds) if line.task == task and line.recipe in (NONE, *MAIN)]
+
+
+def _lines(seeds: int) -> Iterator[Line]:
   for recipes in ((NONE, *MAIN), _whole_table()):
-    for name in chosen:
-      if recipes[0] == NONE or TASKS[name].whole_table:
+    for name, task in TASKS.items():
+      if recipes[0] == NONE or task.whole_table:
         yield from (Line(name, recipe, 0) for recipe in recipes)
   for seed in range(1, seeds):
-    yield from (Line(name, recipe, seed) for name in chosen for recipe in (NONE, *MAIN))
-
-
-def _chosen(tasks: str) -> list[str]:
-  chosen = [name.strip() for name in tasks.split(",") if name.strip()]
-  for name in chosen:
-    if name not in TASKS:
-      raise ConfigError(f"unknown task {name!r} of the study; there are {', '.join(TASKS)}")
-  return chosen
+    yield from (Line(name, recipe, seed) for name in TASKS for recipe in (NONE, *MAIN))
 
 
 def _whole_table() -> tuple[str, ...]:

@@ -18,12 +18,15 @@ from distillspec_jax.study.lines import NONE, Line, Trial
 from distillspec_jax.study.stage import TEMPERATURES, Stage
 from distillspec_jax.weights import integrity
 
+# What of the settings a part depends on.
+_SIZE = ("pieces", "target_steps", "draft_steps", "distill_steps", "seeds", "prompts")
+
 
 def run(config: StudyConfig) -> list[dict[str, Any]]:
   """Make the lines and trials that are missing, and return all that there are, as they are in their files."""
   began, results = time.monotonic(), weights.ensure_writable(config.results_dir)
   weights.ensure_writable(config.output_dir)
-  parts: list[Line | Trial] = [*lines.lines(config.tasks, config.seeds), *lines.trials(config.tasks)]
+  parts = lines.parts(config.parts, config.seeds)
   for task in dict.fromkeys(part.task for part in parts):
     Stage(config, task).check_data()  # before hours of training
   for number, part in enumerate(parts, start=1):
@@ -41,7 +44,7 @@ def run(config: StudyConfig) -> list[dict[str, Any]]:
 
 
 def _described(part: Line | Trial, config: StudyConfig) -> dict[str, Any]:
-  size = {name: value for name, value in dataclasses.asdict(config).items() if not name.endswith("_dir")}
+  size = {name: getattr(config, name) for name in _SIZE}
   return {**dataclasses.asdict(part), "name": part.name, "study": size, "environment": latency.environment()}
 
 

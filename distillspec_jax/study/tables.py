@@ -35,17 +35,19 @@ def as_markdown(parts: Lines) -> str:
     if mine:
       text += [_target_line(mine[0]), _recipes(mine)]
     if any("/" in line["recipe"] for line in mine):
-      text += ["Block efficiency at γ = 7, T = 0 and T = 1, of DistillSpec's grid:", _grid(mine)]
+      text += [f"Block efficiency at γ = 7, T = 0 and T = 1, of DistillSpec's grid (`{task}-*-0`):", _grid(mine)]
     text += _transfers(mine)
-    text += [_TRIALS[trial["kind"]](trial["found"]) for trial in trials if trial["task"] == task]
+    text += [f"`{trial['name']}`: {_TRIALS[trial['kind']](trial['found'])}" for trial in trials if trial["task"] == task]
   return "\n\n".join(text) + "\n"
 
 
 _LEGEND = (
   "Each recipe's mean over its seeds; in brackets what the seeds' 95% intervals over prompts cover together. `none` is"
   " the fine-tuned draft. τ is tokens a target call, expected exactly over the target's own texts; the gain is τ at"
-  " γ = 7 over that of `none` with the same seed and prompts. Made by `python -m distillspec_jax.study"
-  " --gin_file=runs/study.gin`; a line's file, TASK-RECIPE-SEED.json, has its settings and its environment."
+  " γ = 7 over that of `none` with the same seed and prompts.\n\nThe last column of a table, or the words above it, say"
+  " which parts of the study it is made of: their files PART.json have settings and environment, and\n\n```\npython -m"
+  " distillspec_jax.study --gin_file=runs/study.gin --gin.OUTPUT_DIR=\"'study'\" --gin.DATA_DIR=\"'data'\""
+  " --gin.PARTS=\"'PART'\"\n```\n\nmakes them where they are missing."
 )
 
 
@@ -61,13 +63,19 @@ def _target_line(line: Mapping[str, Any]) -> str:
 
 def _recipes(lines: Lines) -> str:
   by_recipe = _grouped(lines)
-  rows = [["recipe", "seeds", *(title for _, title, _ in _COLUMNS), "gain, T=0", "gain, T=1"]]
+  rows = [["recipe", "seeds", *(title for _, title, _ in _COLUMNS), "gain, T=0", "gain, T=1", "part"]]
   order = sorted(by_recipe, key=lambda recipe: (recipe != NONE, -_mean(by_recipe[recipe], _MEASURE.format(0))))
   for recipe in order:
     mine = [line["measured"] for line in by_recipe[recipe]]
     cells = [_cell(mine, key, digits) for key, _, digits in _COLUMNS]
-    rows.append([recipe, str(len(mine)), *cells, *(_gain(mine, key) for key in _GAINS)])
+    rows.append([recipe, str(len(mine)), *cells, *(_gain(mine, key) for key in _GAINS), _part(by_recipe[recipe])])
   return _table(rows)
+
+
+def _part(lines: Lines) -> str:
+  """Give the pattern that makes a table's line: its one file's name, or that of all of its seeds."""
+  name = lines[0]["name"]
+  return f"`{name}`" if len(lines) == 1 else f"`{name.rpartition('-')[0]}-*`"
 
 
 def _grouped(lines: Lines) -> dict[str, list[Mapping[str, Any]]]:
@@ -118,7 +126,7 @@ def _transfers(lines: Lines) -> list[str]:
   of = [line for line in lines if line["transfer"]]
   parts = []
   for name in dict.fromkeys(name for line in of for name in line["transfer"]):
-    found = [{"recipe": line["recipe"], "measured": _whole(line["transfer"][name])} for line in of]
+    found = [{**line, "measured": _whole(line["transfer"][name])} for line in of]
     parts += [f"The same drafts on {name} (of a mixture the mean over its rows):", _short_table(found)]
   return parts
 
@@ -130,21 +138,24 @@ def _whole(found: Mapping[str, Any]) -> Mapping[str, Any]:
 def _short_table(lines: Lines) -> str:
   keys = (("alpha_t0", 3), ("tau_t0_gamma7", 2), ("alpha_t1", 3), ("tau_t1_gamma7", 2))
   rows = [["recipe", "seeds", "α, T=0", "τ, γ=7", "α, T=1", "τ, γ=7", "gain, T=0", "gain, T=1"]]
+  of_parts = all("name" in line for line in lines)  # a trial's lines are parts of the trial
+  rows[0] += ["part"] if of_parts else []
   for recipe, mine in _grouped(lines).items():
     found = [line["measured"] for line in mine]
     cells = [_cell(found, key, digits) for key, digits in keys]
-    rows.append([recipe, str(len(found)), *cells, *(_gain(found, key) for key in _GAINS)])
+    gains = [_gain(found, key) for key in _GAINS]
+    rows.append([recipe, str(len(found)), *cells, *gains, *([_part(mine)] if of_parts else [])])
   return _table(rows)
 
 
 def _longer(found: Mapping[str, Any]) -> str:
-  return f"{found['lines'][0]['steps']} updates instead of the table's:\n\n{_short_table(found['lines'])}"
+  return f"{found['lines'][0]['steps']} updates instead of the table's number:\n\n{_short_table(found['lines'])}"
 
 
 def _larger_target(found: Mapping[str, Any]) -> str:
   sizes = found["parameters"]
   title = (
-    f"The drafts distilled from the target of {sizes['target'] / 1e6:.1f}M parameters, before a target of"
+    f"the drafts distilled from the target of {sizes['target'] / 1e6:.1f}M parameters, before a target of"
     f" {sizes['larger'] / 1e6:.1f}M:"
   )
   return f"{title}\n\n{_short_table(found['lines'])}"
@@ -156,7 +167,7 @@ def _lossy(found: Lines) -> str:
   for point in found:
     setting = [point["recipe"], f"{point['temperature']:g}", point["rule"], f"{point['lenience']:g}"]
     rows.append([*setting, _cell([point], "tau", 2), _cell([point], metric, 1)])
-  title = f"Lossy rules on {found[0]['prompts']} prompts (at T = 0 the three are one; lenience 1 is lossless):"
+  title = f"lossy rules on {found[0]['prompts']} prompts (at T = 0 the three are one; lenience 1 is lossless):"
   return f"{title}\n\n{_table(rows)}"
 
 
@@ -169,7 +180,7 @@ def _ladder(found: Mapping[str, Any]) -> str:
     times = [f"{rung['ms_a_prompt']:.1f}", f"{rung['relative_latency']:.2f}"]
     rows.append([name, f"{rung['parameters'] / 1e6:.1f}M", *spoken, _cell([rung], metric, 1), *times])
   title = (
-    f"Greedy decoding one prompt at a time, {found['timed_prompts']} prompts, median of {found['rounds']} rounds in"
+    f"greedy decoding one prompt at a time, {found['timed_prompts']} prompts, median of {found['rounds']} rounds in"
     " turns; latency relative to the small model's plain decoding:"
   )
   return f"{title}\n\n{_table(rows)}"

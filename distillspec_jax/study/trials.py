@@ -58,9 +58,7 @@ def larger_target(stage: Stage) -> dict[str, Any]:
   larger, params = weights.load_model(directory)
   _, usual = weights.load_model(stage.target())
   found: dict[str, Any] = {"parameters": {"target": _size(usual), "larger": _size(params)}, "lines": []}
-  for line in lines.lines(stage.task.name, stage.config.seeds):
-    if line.recipe not in (NONE, *MAIN):
-      continue
+  for line in lines.main_lines(stage.task.name, stage.config.seeds):
     pair = Pair(larger, params, *weights.load_model(stage.draft_of(line)))
     base = None if line.recipe == NONE else stage.base(line.seed, stage.task.name, name, directory)
     measured = stage.measured(pair, stage.task.name, name, base)
@@ -76,13 +74,9 @@ def longer(stage: Stage) -> dict[str, Any]:
   """
   name, steps = stage.task.name, LONGER * stage.config.distill_steps
   target, start = stage.target(), stage.draft_of(Line(name, NONE, 0))
-  found = []
-  for recipe in MAIN[:2]:
-    folder = f"longer-{recipe.replace('/', '_')}"
-    draft = stage.distilled(folder, recipe, target, start, 0, DRAFT_RATE, steps)
-    measured = stage.measured(_pair(target, draft), name, base=stage.base(0, name))
-    found.append({"recipe": recipe, "steps": steps, "seed": 0, "measured": measured})
-  return {"lines": found}
+  draft = stage.distilled(f"longer-{MAIN[0]}", MAIN[0], target, start, 0, DRAFT_RATE, steps)
+  measured = stage.measured(_pair(target, draft), name, base=stage.base(0, name))
+  return {"lines": [{"recipe": MAIN[0], "steps": steps, "seed": 0, "measured": measured}]}
 
 
 @dataclasses.dataclass(frozen=True)
