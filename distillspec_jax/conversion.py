@@ -33,6 +33,7 @@ from distillspec_jax.weights import (
 )
 
 FORMS = ("orbax", "huggingface", "t5x")
+DTYPES = ("float32", "bfloat16", "float16")
 _LAST = re.compile(r"config\.json|model\.json|checkpoint_\d+")  # what makes a folder a model directory comes last
 
 
@@ -45,7 +46,7 @@ class Request:
     output_dir: where the converted model goes; absent or empty.
     format: one of FORMS.
     step: which checkpoint of the source; None is the newest.
-    dtype: what parameters are written as; None is float32, or what a native source has.
+    dtype: what parameters are written as, one of DTYPES; None is float32, or what a native source has.
     verify: whether what was written is opened and compared with the source, bit by bit.
     vocabulary: a SentencePiece file or vocabulary folder to put beside the weights; None is the source's own.
     extra_ids: sentinels that a SentencePiece file is extended by.
@@ -67,9 +68,17 @@ def run(request: Request) -> None:
   Raises:
     ConfigError: the source cannot be read, the form cannot hold it, the output cannot be written or is not the source.
   """
+  if not request.source or not request.output_dir:
+    raise ConfigError("--source and --output_dir need names ('.' is the current folder)")
+  for name, given, possible in (("format", request.format, FORMS), ("dtype", request.dtype or DTYPES[0], DTYPES)):
+    if given not in possible:
+      raise ConfigError(f"--{name}={given}: there are {', '.join(possible)}")
   directory, step, form = sources.find(request.source, request.step)
-  output = _empty_output(pathlib.Path(request.output_dir).expanduser().absolute(), directory)
-  vocabulary = _find_vocabulary(request, directory)
+  try:
+    output = _empty_output(sources.user_path(request.output_dir).absolute(), directory)
+    vocabulary = _find_vocabulary(request, directory)
+  except OSError as error:  # no permission, say
+    raise ConfigError(f"{error.filename} cannot be opened: {error.strerror or error}") from error
   source = sources.open_source(directory, step)
   described = source.model.describe()
   dtype = np.dtype(request.dtype or described["config"]["param_dtype"])
@@ -83,23 +92,25 @@ def run(request: Request) -> None:
     (huggingface.config_to if request.format == "huggingface" else t5x_config.write_gin)(model)
   tensors = {name: lazy_tensors.as_dtype(tensor, dtype) for name, tensor in source.tensors.items()}
   mark = f".{uuid.uuid4().hex[:8]}.tmp"
-  with integrity.undone_on_error(output.parent):
-    # Beside a folder that is to be made, inside one that is there (it may be all that can be written).
-    temporary = output / mark if output.is_dir() else output.with_name(f".{output.name}{mark}")
-    try:
-      weights.ensure_writable(temporary)
-      if vocabulary is not None:
-        _bring_vocabulary(vocabulary, temporary, request.extra_ids)
-      _write(temporary, request.format, model, tensors, source.step)
-      kept = weights.vocabulary_dir(temporary)
-      if request.verify:
-        _verify(temporary, tensors, dtype)
-      _move(temporary, output)
-    except BaseException as error:
-      shutil.rmtree(temporary, ignore_errors=True)
-      if isinstance(error, OSError):  # a full disk, say
-        raise ConfigError(f"cannot write {output}: {error.strerror or error}; nothing was kept") from error
-      raise
+  try:
+    with integrity.undone_on_error(output.parent):
+      # Beside a folder that is to be made, inside one that is there (it may be all that can be written).
+      temporary = output / mark if output.is_dir() else output.with_name(f".{output.name}{mark}")
+      try:
+        weights.ensure_writable(temporary)
+        if vocabulary is not None:
+          _bring_vocabulary(vocabulary, temporary, request.extra_ids)
+          _check_ids(vocabulary, temporary, model.vocab_size)
+        _write(temporary, request.format, model, tensors, source.step)
+        kept = weights.vocabulary_dir(temporary)
+        if request.verify:
+          _verify(temporary, tensors, dtype)
+        _move(temporary, output)
+      except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+  except OSError as error:  # a full disk, say
+    raise ConfigError(f"cannot write {output}: {error.strerror or error}; nothing was kept") from error
   print(_summary({f"read ({form})": source.tensors, f"written ({request.format})": tensors}))
   count = sum(math.prod(tensor.shape) for tensor in tensors.values())
   verified = ", verified" if request.verify else ""
@@ -155,6 +166,9 @@ def track(items, what):
 
 
 def _empty_output(output: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
+  above = next(path for path in output.parents if path.exists())
+  if not above.is_dir():
+    raise ConfigError(f"--output_dir {output}: {above} is a file, no folder; choose another folder")
   if output == source:
     raise ConfigError(f"--output_dir is --source ({source}): choose another folder")
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -165,7 +179,7 @@ def _empty_output(output: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
 def _find_vocabulary(request: Request, source: pathlib.Path) -> pathlib.Path | None:
   """Choose the vocabulary: the flag's, else the source's own."""
   if request.vocabulary is not None:
-    given = pathlib.Path(request.vocabulary).expanduser()
+    given = sources.user_path(request.vocabulary)
     if not given.exists():
       raise ConfigError(f"--vocabulary={given} does not exist: give a SentencePiece file or a vocabulary folder")
     folder = weights.vocabulary_dir(given) if given.is_dir() else given
@@ -175,11 +189,24 @@ def _find_vocabulary(request: Request, source: pathlib.Path) -> pathlib.Path | N
   return weights.vocabulary_dir(source)
 
 
+def _check_ids(vocabulary: pathlib.Path, output: pathlib.Path, most: int) -> None:
+  size = vocabulary_files.size(output)
+  if size is not None and size > most:
+    own = ", which may be among its pieces (--extra_ids=0)" if vocabulary.is_file() else ""
+    extra_ids = vocabulary_files.describe(output / vocabulary_files.VOCABULARY).get("extra_ids")
+    raise ConfigError(
+      f"the vocabulary {vocabulary} has {size:,} ids, {extra_ids} of them sentinels{own}; the model has {most:,}: "
+      "name its own vocabulary with --vocabulary"
+    )
+
+
 def _bring_vocabulary(vocabulary: pathlib.Path, output: pathlib.Path, extra_ids: int) -> None:
   """Copy a folder as bytes; make one from a SentencePiece file, which needs the data room."""
   if vocabulary.is_dir():
     vocabulary_files.copy(vocabulary, output)
     return
+  if extra_ids < 0:
+    raise ConfigError(f"--extra_ids={extra_ids}: a whole number of at least 0")
   try:
     from distillspec_jax.data import vocabularies  # noqa: PLC0415
     from distillspec_jax.data.host_tensorflow import seqio  # noqa: PLC0415

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -33,6 +35,7 @@ _EXTRA_IDS = flags.DEFINE_integer("extra_ids", 100, "Sentinel ids that a Sentenc
 def main(argv: Sequence[str]) -> None:
   """Read the flags and convert."""
   del argv
+  signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception, so that nothing stays behind
   # After the flags, so that a wrong one is answered at once.
   from distillspec_jax import conversion  # noqa: PLC0415
 

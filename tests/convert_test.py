@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -18,9 +19,9 @@ import pytest
 import distillspec_jax as ds
 from distillspec_jax import conversion, models, weights
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import sources, trees
+from distillspec_jax.weights import sources, t5x, trees
 
-MODEL = models.T5(models.T5Config.named("t5_tiny", num_encoder_layers=1, num_decoder_layers=1))
+MODEL = models.T5(models.T5Config.named("t5_tiny", vocab_size=264, num_encoder_layers=1, num_decoder_layers=1))
 SIZES = [leaf.size for leaf in jax.tree.leaves(MODEL.abstract_params())]
 
 
@@ -124,6 +125,31 @@ def test_nothing_is_left_of_what_fails(source, tmp_path, monkeypatch, form, ther
   assert everything(tmp_path) == before
 
 
+KILLED = """
+import os, sys
+from distillspec_jax import cli, conversion, convert
+
+def track(items, what):
+  for number, item in enumerate(items):
+    if number == 3:
+      os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+    yield item
+
+conversion.track = track
+cli.run(convert.main)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_nothing_is_left_of_what_is_stopped(source, tmp_path, number, status):
+  flags = [f"--source={source}", f"--output_dir={tmp_path / 'deep' / 'out'}", "--format=t5x"]
+  root = os.path.dirname(os.path.dirname(ds.__file__))
+  environment = {**os.environ, "PYTHONPATH": root, "SIGNAL": str(int(number))}
+  answer = subprocess.run([sys.executable, "-c", KILLED, *flags], env=environment, capture_output=True, text=True)
+  assert answer.returncode == status and "Traceback" not in answer.stderr, answer.stderr
+  assert everything(tmp_path) == []
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
   class Terminal(io.StringIO):
     def isatty(self):
@@ -158,6 +184,15 @@ def test_mistakes_are_one_line(source, tmp_path):
     ({"source": source, "output_dir": source}, "--output_dir is --source"),
     ({"source": source, "output_dir": source.parent, "format": "huggingface"}, "is not empty"),
     ({"source": source, "output_dir": tmp_path / "file"}, "is a file"),
+    ({"source": source, "output_dir": tmp_path / "file" / "a" / "b"}, "file is a file, no folder"),
+    ({"source": "~nosuchuser/x", "output_dir": tmp_path / "out"}, "~nosuchuser/x: there is no such home directory"),
+    ({"source": source, "output_dir": "~nosuchuser/x"}, "no such home directory"),
+    ({"source": source, "output_dir": tmp_path / "out", "format": "gguf"}, "--format=gguf: there are orbax, hugg"),
+    ({"source": source, "output_dir": tmp_path / "out", "dtype": "int8"}, "--dtype=int8: there are float32, bf"),
+    ({"source": source, "output_dir": ""}, "--source and --output_dir need names"),
+    ({"source": source, "output_dir": tmp_path / ("x" * 300)}, "cannot be opened: File name too long"),
+    ({"source": source, "output_dir": tmp_path / "out", "vocabulary": "x" * 300}, "cannot be opened: File name too"),
+    ({"source": "x" * 300, "output_dir": tmp_path / "out"}, "cannot be opened: File name too long"),
     ({"source": source, "output_dir": tmp_path / "out", "vocabulary": tmp_path / "v"}, "does not exist"),
     ({"source": source, "output_dir": tmp_path / "out", "step": 3}, "no checkpoint of step 3: it holds 40"),
   ):
@@ -183,7 +218,10 @@ def test_other_networks_stay_native(tmp_path):
 def test_a_sentencepiece_file_is_brought_along(shared_dir, tmp_path):
   pytest.importorskip("seqio", reason="seqio is not installed: no vocabulary can be made from a file")
   pieces = shared_dir / "data" / "vocab" / "t5_spiece.model"
-  answer = convert(source=shared_dir / "fixtures" / "t5x_native", output_dir=tmp_path / "out", vocabulary=pieces)
+  sizes = dict(emb_dim=8, head_dim=4, num_heads=2, mlp_dim=8, num_encoder_layers=1, num_decoder_layers=1)
+  model = models.T5(models.T5Config.named("t5_tiny", vocab_size=32128, **sizes))
+  t5x.export(tmp_path / "source", model, draw(model))
+  answer = convert(source=tmp_path / "source", output_dir=tmp_path / "out", vocabulary=pieces)
   assert answer.returncode == 0, answer.stderr
   description = json.loads((tmp_path / "out" / "vocabulary" / "vocabulary.json").read_text())
   assert (description["extra_ids"], description["vocab_size"]) == (100, 32100)
@@ -192,3 +230,15 @@ def test_a_sentencepiece_file_is_brought_along(shared_dir, tmp_path):
   answer = convert(source=tmp_path / "out", output_dir=tmp_path / "new", vocabulary=tmp_path / "garbage.model")
   assert answer.returncode == 2 and "garbage.model is no SentencePiece model" in answer.stderr
   assert "Traceback" not in answer.stderr
+
+  narrow = shared_dir / "fixtures" / "t5x_native"
+  for fields, message in (
+    ({"source": narrow, "vocabulary": pieces}, "has 32,100 ids, 100 of them sentinels, .*--extra_ids=0.* has 128"),
+    ({"source": narrow, "vocabulary": tmp_path / "out"}, "has 32,100 ids, 100 of them sentinels; the model has 128"),
+    ({"source": tmp_path / "out", "vocabulary": pieces, "extra_ids": 129}, "has 32,129 ids"),
+    ({"source": tmp_path / "out", "vocabulary": pieces, "extra_ids": -1}, "--extra_ids=-1: a whole number of at least"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      run_main(output_dir=tmp_path / "new", **fields)
+    assert not (tmp_path / "new").exists()
+  run_main(source=tmp_path / "out", output_dir=tmp_path / "new", vocabulary=pieces, extra_ids=128)  # as many as fit

@@ -21,7 +21,7 @@ import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 import distillspec_jax as ds  # noqa: E402
-from distillspec_jax import evaluation, evaluation_request, train, weights  # noqa: E402
+from distillspec_jax import evaluation, evaluation_request, train, training_setup, weights  # noqa: E402
 from distillspec_jax.analysis import costs, measure  # noqa: E402
 from distillspec_jax.data import pipeline  # noqa: E402
 from distillspec_jax.types import ConfigError  # noqa: E402
@@ -111,7 +111,7 @@ def test_the_vocabulary_comes_with_the_directory(tmp_path, capsys):
     target, draft = str(tmp_path / target), str(tmp_path / draft)
     found, _ = evaluation.find_vocabulary(target, draft, None, "letters_in_turn", "validation")
     yield found.vocab_size, capsys.readouterr().out
-    chosen = train._choose_vocabulary(tmp_path / f"run {len(list(tmp_path.iterdir()))}", data, [draft, target, None])
+    chosen = training_setup.choose_vocabulary(tmp_path / f"run {len(list(tmp_path.iterdir()))}", data, [draft, target, None])
     yield json.loads((pathlib.Path(chosen) / "vocabulary.json").read_text())["vocab_size"], capsys.readouterr().out
 
   assert [*both("a", "b")] == [(264, ""), (264, "")]
@@ -122,7 +122,7 @@ def test_the_vocabulary_comes_with_the_directory(tmp_path, capsys):
     with pytest.raises(ConfigError, match=message):
       next(both(*names))
     with pytest.raises(ConfigError, match=message):
-      train._choose_vocabulary(tmp_path / "run", data, [str(tmp_path / name) for name in names])
+      training_setup.choose_vocabulary(tmp_path / "run", data, [str(tmp_path / name) for name in names])
 
 
 def evaluated(pair, draft, folder):

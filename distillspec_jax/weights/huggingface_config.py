@@ -39,6 +39,7 @@ _FIELDS = {  # config.json there -> T5Config here
   "dropout_rate": "dropout_rate",
 }
 _DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6}
+_SWITCHES = ("tie_word_embeddings", "scale_decoder_outputs", "is_gated_act")
 _TOKENS = {"pad_token_id": tokens.PAD_ID, "eos_token_id": tokens.EOS_ID, "decoder_start_token_id": tokens.START_ID}
 
 
@@ -69,6 +70,9 @@ def config_from(described: Mapping[str, Any], where: str = "config.json") -> dic
     said = described.get(name)
     if said is not None and said not in (ours, [ours]):
       raise ConfigError(f"{where}: {name} is {said!r}; a T5 of this package has {ours} there, and no other")
+  for name in _SWITCHES:
+    if not isinstance(described.get(name), bool | None):  # "false" would count as true
+      raise ConfigError(f"{where}: {name} is {str(described[name])[:40]!r}; it is true, false or absent")
   fields = {ours: described[theirs] for theirs, ours in _FIELDS.items() if described.get(theirs) is not None}
   return fields | {"mlp_activations": _activations(described, where), "logits_via_embedding": _is_tied(described)}
 

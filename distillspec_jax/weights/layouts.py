@@ -5,6 +5,7 @@ A format's table is {name here: Place}; `through` reads by it and `stored` write
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from distillspec_jax.weights.lazy_tensors import LazyTensor
 
 STACK_AXIS = 1  # where T5X's scanned layers are stacked
 _LARGEST = 2**31 - 1
+_KINDS = dict(relative_attention_num_buckets=int, relative_attention_max_distance=int, logits_via_embedding=bool)
+_KIND_NAMES = {int: "a whole number", bool: "true or false"}
 EMBEDDING, HEAD = "token_embedder/embedding", "decoder/logits_dense/kernel"
 
 
@@ -97,6 +100,8 @@ def checked_model(fields: Mapping[str, Any], override: Mapping[str, Any] | None,
       type(value) in (int, float) and math.isfinite(value) and 0 <= value < 1
     ):
       raise ConfigError(f"{where}: {name} is {str(value)[:40]!r}; it must be a number in [0, 1)")
+    if (kind := _KINDS.get(name)) and type(value) is not kind:
+      raise ConfigError(f"{where}: {name} is {str(value)[:40]!r}; it must be {_KIND_NAMES[kind]}")
   try:
     return T5(T5Config.from_dict(fields))
   except ConfigError as error:
@@ -112,7 +117,14 @@ def expected(model: T5) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.lru_cache(maxsize=8)
 def _expected(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
-  return trees.flatten(T5(config).abstract_params())
+  """Trace one layer of each stack: the others are the same, and a damaged file may claim very many."""
+  one = T5(dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1))
+  listed = {}
+  for name, like in trees.flatten(one.abstract_params()).items():
+    stack, _, rest = name.partition("/layers_0/")
+    layers = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}.get(stack, 0)
+    listed |= {f"{stack}/layers_{i}/{rest}": like for i in range(layers)} if rest else {name: like}
+  return listed
 
 
 def require_floats(tensors: Mapping[str, LazyTensor], where: str) -> None:

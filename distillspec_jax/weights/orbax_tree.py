@@ -19,9 +19,12 @@ class _Ocdbt(zarr_arrays.Store):
   def __init__(self, path: pathlib.Path, context: Any):
     import tensorstore  # noqa: PLC0415
 
+    entries = list(path.rglob("*"))
+    if strange := [entry for entry in entries if not entry.is_file() and not entry.is_dir()]:
+      raise ValueError(f"{strange[0].name} is no ordinary file")  # reading a pipe would wait for ever
     self._base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path}/"}}
     self._store = tensorstore.KvStore.open(self._base, context=context).result()
-    self._room = sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
+    self._room = sum(entry.stat().st_size for entry in entries if entry.is_file())
     self._keys: dict[str, list[str]] = {}
     for key in self._store.list().result():
       name, _, last = key.decode().rpartition("/")

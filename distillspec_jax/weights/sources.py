@@ -14,7 +14,7 @@ from distillspec_jax.weights.lazy_tensors import LazyTensor
 
 _LOOKED_FOR = (
   f"{checkpoints.DESCRIPTION} with {checkpoints.CHECKPOINTS}/ (native), checkpoint_N/ or checkpoint or state/ (T5X), "
-  f"{huggingface.CONFIG} with {huggingface.WEIGHTS} (Hugging Face)"
+  f"{huggingface.CONFIG} with {huggingface.WEIGHTS} or pytorch_model.bin (Hugging Face)"
 )
 
 
@@ -35,13 +35,21 @@ class Source:
   step: int | None
 
 
+def user_path(given: str | pathlib.Path) -> pathlib.Path:
+  """Make a path of what a user wrote, `~` expanded; a ConfigError says that there is no such home."""
+  try:
+    return pathlib.Path(given).expanduser()
+  except RuntimeError as error:
+    raise ConfigError(f"{given}: there is no such home directory") from error
+
+
 def detect(directory: str | pathlib.Path) -> str:
   """Name a model directory's form: "native", "t5x" or "huggingface".
 
   Raises:
     ConfigError: the directory is missing, or none of them.
   """
-  directory = pathlib.Path(directory).expanduser()
+  directory = user_path(directory)
   if not directory.exists():
     raise ConfigError(f"model directory {directory} does not exist (looked for {_LOOKED_FOR})")
   if not directory.is_dir():
@@ -62,11 +70,14 @@ def find(directory: str | pathlib.Path, step: int | None = None) -> tuple[pathli
   Raises:
     ConfigError: as `detect`, or a step of a form that has none.
   """
-  directory = pathlib.Path(directory).expanduser().absolute()
+  directory = user_path(directory).absolute()
   above = directory.parent.parent
-  if step is None and checkpoints.is_step_of(directory, above):
-    directory, step = above, int(directory.name)
-  form = detect(directory)
+  try:
+    if step is None and checkpoints.is_step_of(directory, above):
+      directory, step = above, int(directory.name)
+    form = detect(directory)
+  except OSError as error:  # no permission, say
+    raise ConfigError(f"model directory {directory} cannot be opened: {error.strerror or error}") from error
   if form == "huggingface" and step is not None:
     raise ConfigError(f"step {step} was asked for, but {directory} is a Hugging Face model and has no steps")
   return directory, step, form

@@ -67,7 +67,7 @@ def find_checkpoint(directory: str | pathlib.Path, step: int | None = None) -> p
 
 def step_of(checkpoint: pathlib.Path) -> int | None:
   """Read the step off a folder's name, or None."""
-  match = re.fullmatch(r"checkpoint_(\d{1,18})", checkpoint.name)
+  match = re.fullmatch(r"checkpoint_(0|[1-9]\d{0,17})", checkpoint.name)
   return int(match[1]) if match else None
 
 

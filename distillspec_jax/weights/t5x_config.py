@@ -10,18 +10,22 @@ from typing import Any
 
 from distillspec_jax.models import T5, LanguageModel, T5Config
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import strict_json
+from distillspec_jax.weights import layouts, strict_json
 
 GIN, JSON = "config.gin", "config.json"
 _GIN_LIMIT = 10_000_000  # bytes
-# Fields read from a configuration file beside the checkpoint. T5X's `dtype` (bfloat16 by habit) says how that run
-# computed, not what its parameters are, so it stays out: override it.
+# Fields read from a configuration file beside the checkpoint.
 _FILE_FIELDS = (
   "vocab_size emb_dim num_heads head_dim mlp_dim num_encoder_layers num_decoder_layers mlp_activations "
   "logits_via_embedding dropout_rate"
 ).split()
 # What T5X's networks have written into their code.
 _FIXED = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6}
+# What that file says of how T5X computed, not of what the parameters are, or what shapes say better. `dtype`, bfloat16
+# by habit, can be overridden.
+_OF_THE_RUN = set(
+  "dtype param_dtype float32_attention_logits remat_policy remat scan_layers relative_bias partitioning".split()
+)
 
 
 def infer_config(flat: Mapping[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
@@ -75,11 +79,26 @@ def beside(checkpoint: pathlib.Path) -> dict[str, Any]:
       fields = read_gin(_text(path))
     else:
       continue
-    known = {name: fields[name] for name in _FILE_FIELDS if name in fields}
-    if isinstance(known.get("mlp_activations"), list):
-      known["mlp_activations"] = tuple(known["mlp_activations"])
-    return known
+    return _known(fields, path)
   return {}
+
+
+def _known(fields: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """Take the fields that are read; what this package does not know may be another network, so it is refused."""
+  known = {name: fields[name] for name in (*_FILE_FIELDS, *_FIXED) if name in fields}
+  rest = {name: value for name, value in fields.items() if name not in known and name not in _OF_THE_RUN}
+  axis = rest.pop("param_scan_axis", layouts.STACK_AXIS)
+  if axis != layouts.STACK_AXIS:
+    raise ConfigError(f"{path} says param_scan_axis = {axis!r}: only {layouts.STACK_AXIS} can be read")
+  if rest:
+    raise ConfigError(
+      f"{path} has {', '.join(sorted(rest)[:4])} in its T5Config, which this package does not know: take out of the "
+      "file what does not change the network"
+    )
+  activations = known.get("mlp_activations")
+  if isinstance(activations, list | tuple):
+    known["mlp_activations"] = tuple("silu" if name == "swish" else name for name in activations)  # the same function
+  return known
 
 
 def _text(path: pathlib.Path) -> str:
@@ -92,9 +111,17 @@ def _text(path: pathlib.Path) -> str:
 
 
 def read_gin(text: str) -> dict[str, Any]:
-  """Read `T5Config.name = value` lines of an operative gin file, macros resolved; what is no literal is left out."""
-  lines = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^\s*#.*$", "", text)).splitlines()
-  bindings = dict(re.split(r"\s*=\s*", line.strip(), maxsplit=1) for line in lines if "=" in line)
+  """Read the T5Config of a gin file, lines or blocks, macros resolved; what is no literal is left out."""
+  bindings = {}
+  block = ""
+  for line in re.sub(r"\\\n\s*", " ", re.sub(r"(?m)(^|\s)#.*$", "", text)).splitlines():
+    if match := re.fullmatch(r"(\S+):\s*", line):
+      block = f"{match[1]}."
+    elif "=" in line:
+      name, value = map(str.strip, line.split("=", 1))
+      bindings[(block if line[0].isspace() else "") + name] = value
+    elif line.strip():
+      block = ""
   fields = {}
   for name, value in bindings.items():
     if match := re.fullmatch(r"(?:\w+[./])*T5Config\.(\w+)", name):
@@ -108,7 +135,7 @@ def read_gin(text: str) -> dict[str, Any]:
 
 
 def write_gin(model: LanguageModel) -> str:
-  """Say a T5's configuration as T5X's own operative config does.
+  """Say a T5's configuration as T5X's own operative config does; T5X's gin files can include it.
 
   Raises:
     ConfigError: T5X's networks do not have this model.
@@ -121,6 +148,9 @@ def write_gin(model: LanguageModel) -> str:
       other = getattr(config, name)
       raise ConfigError(f"T5X's networks have {name} = {value} in their code; a model of {other} cannot be written")
   lines = [f"network.T5Config.{name} = {getattr(config, name)!r}" for name in ("dtype", *_FILE_FIELDS)]
-  if config.relative_bias == "per_layer":
+  scanned = config.relative_bias == "per_layer"
+  if scanned:
     lines.append("network.T5Config.scan_layers = True")
-  return "\n".join(["# Parameters for network.T5Config:", "# " + "=" * 78, *sorted(lines)]) + "\n"
+  examples = "scalable_t5" if scanned else "t5"
+  imports = ["from __gin__ import dynamic_registration", f"from t5x.examples.{examples} import network"]
+  return "\n".join([*imports, "", "# Parameters for network.T5Config:", "# " + "=" * 78, *sorted(lines)]) + "\n"

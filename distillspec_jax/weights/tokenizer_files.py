@@ -54,7 +54,7 @@ def describe(directory: str | pathlib.Path) -> dict[str, Any] | None:
   names = [name.removesuffix("Fast") for name in map(str, (said.get("tokenizer_class"), config.get("tokenizer_class")))]
   if (directory / PIECES).is_file():
     pieces = sentencepiece_file.read(directory / PIECES)
-    base, sha256, kind = len(pieces.names), _sha256(directory / PIECES), SENTENCEPIECE
+    base, sha256, kind = len(pieces.names), sha256_of(directory / PIECES), SENTENCEPIECE
     default = 0 if any(map(_SENTINEL.fullmatch, pieces.names)) else _T5_SENTINELS  # mT5's file holds its own
   elif _BYT5 in names:
     base, sha256, kind, default = _BYTE_IDS, hashlib.sha256(b"").hexdigest(), BYTE, _BYT5_SENTINELS
@@ -78,8 +78,9 @@ def lacks_pieces(directory: str | pathlib.Path) -> bool:
   return theirs and describe(directory) is None
 
 
-def _sha256(path: pathlib.Path) -> str:
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256_of(path: pathlib.Path) -> str:
+  """Give the SHA-256 of a file; a ConfigError names one that cannot be read."""
+  return hashlib.sha256(_read(path)).hexdigest()
 
 
 def _extra_ids(said: Mapping[str, Any], special: Mapping[str, Any], default: int) -> int:

@@ -40,15 +40,23 @@ def describe(folder: str | pathlib.Path) -> dict:
 
 
 def fingerprint(directory: str | pathlib.Path) -> dict | None:
-  """Return {"sha256", "extra_ids"} of a model directory's vocabulary, or None where it has none."""
+  """Return {"sha256", "extra_ids"} of a model directory's vocabulary, or None where it has none.
+
+  Raises:
+    ConfigError: the description is damaged, or the file beside it is another than it describes.
+  """
   folder = vocabulary_dir(directory)
   if folder is None:
     return None
   description = describe(folder)
-  try:
-    return {"sha256": description.get("sha256"), "extra_ids": int(description.get("extra_ids") or 0)}
-  except (ValueError, TypeError) as error:
-    raise ConfigError(f"{folder / DESCRIPTION} is not a vocabulary description: it may be damaged") from error
+  sha256, extra_ids = description.get("sha256"), description.get("extra_ids") or 0
+  if not isinstance(sha256, str) or type(extra_ids) is not int or extra_ids < 0:
+    raise ConfigError(f"{folder / DESCRIPTION} is not a vocabulary description: it may be damaged")
+  own = (folder / DESCRIPTION).is_file() and description.get("kind") == tokenizer_files.SENTENCEPIECE
+  pieces = folder / tokenizer_files.PIECES
+  if own and tokenizer_files.sha256_of(pieces) != sha256:
+    raise ConfigError(f"{pieces} is not the file that {DESCRIPTION} describes: copy the whole folder again")
+  return {"sha256": sha256, "extra_ids": extra_ids}
 
 
 def size(directory: str | pathlib.Path) -> int | None:
@@ -108,10 +116,11 @@ def copy(source: str | pathlib.Path, directory: str | pathlib.Path) -> None:
   The description comes last.
 
   Raises:
-    ConfigError: `source` is no vocabulary folder, or MODEL_DIR has another vocabulary.
+    ConfigError: `source` is no vocabulary folder or a damaged one, or MODEL_DIR has another vocabulary.
   """
   source, destination = pathlib.Path(source), pathlib.Path(directory) / VOCABULARY
   description = describe(source)
+  fingerprint(source)  # whole?
   if (destination / DESCRIPTION).is_file():
     vocabularies_match(source, destination)
   destination.mkdir(parents=True, exist_ok=True)

@@ -125,8 +125,9 @@ def _check(layout: Mapping[str, Any], sizes: Mapping[str, int]) -> np.dtype:
   shape, chunks, compressor = layout["shape"], layout["chunks"], layout.get("compressor")
   if not strict_json.is_shape(shape) or not strict_json.is_shape(chunks) or len(chunks) != len(shape):
     raise ValueError(f"shape {str(shape)[:60]} and chunks {str(chunks)[:60]}")
-  if layout.get("zarr_format") != 2 or layout.get("filters") or not all([*shape, *chunks]):
-    raise ValueError("not a zarr 2 array without filters, or an empty one")
+  plain = (layout.get("zarr_format"), layout.get("filters") or None, layout.get("order")) == (2, None, "C")
+  if not plain or not all([*shape, *chunks]):
+    raise ValueError("not a zarr 2 array in C order without filters, or an empty one")
   if not isinstance(layout["dtype"], str) or layout["dtype"] not in _DTYPES:
     raise ValueError(f"dtype {str(layout['dtype'])[:40]!r}; there are {', '.join(_DTYPES)}")
   kind = compressor if compressor is None else compressor.get("id") if isinstance(compressor, dict) else "?"

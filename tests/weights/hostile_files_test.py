@@ -168,6 +168,7 @@ def test_an_index(theirs, index, message):
     ({"dense_act_fn": {"a": 1}}, "config.json|dense_act_fn|feed_forward"),
     ({"model_type": ["t5"]}, "model_type"),
     ({"relative_attention_num_buckets": 0}, "buckets|fit"),
+    ({"relative_attention_max_distance": float("nan")}, "max_distance is 'nan'; it must be a whole number"),
   ],
 )  # fmt: skip
 def test_a_configuration(theirs, change, message):
@@ -252,6 +253,7 @@ def test_a_spec(t5x_dir, change, message):
     ({"shape": "x"}, "shape"),
     ({"shape": [128.0, 32]}, "shape"),
     ({"zarr_format": 3}, "not a zarr 2 array"),
+    ({"order": "F"}, "not a zarr 2 array in C order"),
     ({"filters": [{"id": "delta"}]}, "without filters"),
     ({"compressor": {"id": "pickle"}}, "compressor"),
     ({"compressor": 5}, "compressor"),

@@ -15,6 +15,7 @@ import zlib
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import distillspec_jax as ds
 from distillspec_jax import models
@@ -30,26 +31,40 @@ import jax, numpy as np
 from distillspec_jax import weights
 jax.device_put(np.ones(3)).block_until_ready()
 status = lambda field: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field)) * 1024
+if "torch" in sys.argv:
+  import torch
+mesh = None
+if "mesh" in sys.argv:
+  from distillspec_jax.parallel import mesh as mesh_lib
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(fsdp=4, model=2))
 before = status("VmRSS")
 pathlib.Path("/proc/self/clear_refs").write_text("5")
-model, params = weights.load_model(sys.argv[1])
+model, params = weights.load_model(sys.argv[1], mesh=mesh)
 if "twice" in sys.argv:
   again = jax.tree.map(lambda x: np.array(x) + 1, params)
 jax.block_until_ready(params)
 size = sum(x.nbytes for x in jax.tree.leaves(params))
-print(json.dumps({"over": status("VmHWM") - before, "peak": status("VmHWM"), "bytes": size}))
+held = {}
+for shard in [shard for x in jax.tree.leaves(params) for shard in x.addressable_shards]:
+  held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+peak = status("VmHWM")
+print(json.dumps({"over": peak - before, "peak": peak, "bytes": size, "devices": list(held.values())}))
 """
 
 
-def environment():
+EIGHT = "--xla_force_host_platform_device_count=8"
+
+
+def environment(devices=1):
   root = os.path.dirname(os.path.dirname(ds.__file__))
-  flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+  flags = os.environ.get("XLA_FLAGS", "").replace(EIGHT, "") + (f" {EIGHT}" if devices == 8 else "")
   return {**os.environ, "PYTHONPATH": root, "XLA_FLAGS": flags}
 
 
 def imported(directory, *more):
   command = [sys.executable, "-c", IMPORT, str(directory), *more]
-  answer = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+  variables = environment(8 if "mesh" in more else 1)
+  answer = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
   assert answer.returncode == 0, answer.stderr[-2000:]
   return json.loads(answer.stdout.splitlines()[-1])
 
@@ -93,8 +108,28 @@ def test_importing_holds_the_model_once(tmp_path):
   measured = imported(tmp_path)
   assert measured["bytes"] == size
   assert measured["over"] < 1.25 * size + 1e8, measured
+  assert measured["devices"] == [size]
   control = imported(tmp_path, "twice")  # what holds it twice is caught
   assert control["over"] > 1.75 * size, control
+  assert_shared_out(imported(tmp_path, "mesh"), size, 1e8)
+
+
+@linux
+def test_importing_a_pytorch_file_holds_the_model_once(tmp_path):
+  torch = pytest.importorskip("torch", reason="torch is not installed: pickles are refused anyway")
+  size = make(tmp_path, SMALL)
+  path = tmp_path / huggingface.WEIGHTS
+  tensors = {name: torch.from_numpy(value) for name, value in safetensors.numpy.load_file(path).items()}
+  torch.save(tensors, tmp_path / "pytorch_model.bin")
+  path.unlink()
+  bare = imported(tmp_path, "torch")  # with torch itself in memory before
+  assert bare["bytes"] == size and bare["over"] < 1.25 * size + 1e8, bare
+
+
+def assert_shared_out(measured, size, room):
+  """Check that eight devices hold an eighth each (norms and relative biases are whole), the host nothing besides."""
+  assert len(measured["devices"]) == 8 and max(measured["devices"]) < 1.01 * size / 8, measured
+  assert measured["over"] < 1.25 * size + room, measured
 
 
 @pytest.fixture
@@ -116,6 +151,9 @@ def test_a_thousand_million_parameters_through_every_form(emptied):
     peaks[f"import of {source.name}"] = imported(source)["peak"]
     peaks[f"export to {form}"] = converted(source, tmp_path / form, form, "--verify")
     source = tmp_path / form
+  for form in ("huggingface", "t5x", "orbax"):
+    assert_shared_out(measured := imported(tmp_path / form, "mesh"), size, 1e9)
+    peaks[f"import of {form} on 8 devices"] = measured["peak"]
   peaks[f"import of {source.name}"] = imported(source)["peak"]
   peaks["export to huggingface"] = converted(source, tmp_path / "again", "huggingface", "--verify")
   print({name: f"{peak / size:.2f} x the model" for name, peak in peaks.items()})

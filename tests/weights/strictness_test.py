@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import zipfile
 
 import jax
 import ml_dtypes
@@ -12,7 +13,7 @@ import safetensors.numpy
 
 from distillspec_jax import models, weights
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import huggingface, sources, t5x, trees
+from distillspec_jax.weights import huggingface, layouts, sources, t5x, trees
 
 MODEL = models.T5(models.T5Config.named("t5_tiny", num_encoder_layers=1, num_decoder_layers=1))
 TIED = models.T5(
@@ -217,6 +218,41 @@ def test_pytorch_files_are_read_by_the_loader_of_weights(whole, shards, params, 
     sources.open_source(whole)
 
 
+def test_tensors_of_pytorch_that_are_not_plain(whole, params):
+  torch = pytest.importorskip("torch", reason="torch is not installed: pickles are refused anyway")
+  tensors = {name: torch.tensor(value) for name, value in tensors_of(whole).items()}
+  (whole / "model.safetensors").unlink()
+  name = "shared.weight"
+  torch.save({n: torch.nn.Parameter(value) for n, value in tensors.items()}, whole / "pytorch_model.bin")
+  assert_same(weights.load_model(whole)[1], params)  # with gradients, and with axes the other way round
+  torch.save({**tensors, name: tensors[name].T.contiguous().T}, whole / "pytorch_model.bin")
+  assert_same(weights.load_model(whole)[1], params)
+  for odd, message in (
+    (torch.zeros(1, 1).expand(ROWS, 32), f"{name} has 4 bytes, which cannot be {ROWS * 32 * 4:,}"),
+    (tensors[name].to_sparse(), "cannot be read"),
+    (tensors[name].to(torch.float8_e4m3fn), f"{name} is a torch.float8_e4m3fn tensor"),
+    (tensors[name].to(torch.complex64), f"{name} as complex64"),
+  ):
+    torch.save({**tensors, name: odd}, whole / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=message) as caught:
+      weights.load_model(whole)
+    assert "\n" not in str(caught.value)
+
+  torch.save(tensors, whole / "pytorch_model.bin")
+  with zipfile.ZipFile(whole / "pytorch_model.bin") as archive:
+    held = {info.filename: archive.read(info) for info in archive.infolist()}
+  for change, message in (
+    (dict(compression=zipfile.ZIP_DEFLATED), "data/0 in it is compressed|data.pkl in it is compressed"),
+    ({"/byteorder": b"big"}, "its numbers are big-endian"),
+    ({"/data/0": b"1234"}, "is not where torch .* says in the file"),
+  ):
+    with zipfile.ZipFile(whole / "pytorch_model.bin", "w", change.pop("compression", zipfile.ZIP_STORED)) as archive:
+      for file, data in held.items():
+        archive.writestr(file, next((new for end, new in change.items() if file.endswith(end)), data))
+    with pytest.raises(ConfigError, match=message):
+      weights.load_model(whole)
+
+
 LONGER = ROWS + 28
 
 
@@ -277,6 +313,31 @@ def test_the_same_parameter_plain_and_stacked(tmp_path, params):
   stacked = {"encoder/encoder/mlp/wo/kernel": (64, 1, 32), "encoder/layers_0/mlp/wo/kernel": (64, 32)}
   with pytest.raises(ConfigError, match="holds encoder/layers_0/mlp/wo/kernel twice"):
     t5x.table(stacked)
+
+
+@pytest.mark.parametrize("bias", ["shared", "per_layer"])
+def test_what_is_expected_of_a_model_is_what_the_model_has(bias):
+  for encoder, decoder in ((1, 1), (3, 2), (1, 12)):
+    config = {**MODEL.config.as_dict(), "num_encoder_layers": encoder, "num_decoder_layers": decoder}
+    model = models.T5(models.T5Config.from_dict({**config, "relative_bias": bias}))
+    assert layouts.expected(model) == trees.flatten(model.abstract_params())
+
+
+def test_a_claim_of_many_layers_is_answered_without_a_network_of_that_many(whole, monkeypatch):
+  """Tracing a network takes time for each layer; a file of ten thousand empty tensors is small."""
+  traced, abstract = [], models.T5.abstract_params
+
+  def noted(self):
+    traced.append(self.config.num_encoder_layers)
+    return abstract(self)
+
+  monkeypatch.setattr(models.T5, "abstract_params", noted)
+  safetensors.numpy.save_file({f"t{i}": np.ones(0, np.float32) for i in range(10_000)}, whole / "model.safetensors")
+  path = whole / "config.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 9_999}))
+  with pytest.raises(ConfigError, match="lacks decoder.block.0.*holds t0, t1, t10, t100 and 9996 more"):
+    sources.open_source(whole)
+  assert max(traced, default=0) <= 1
 
 
 def test_there_and_back_through_every_form(tmp_path, params):

@@ -58,6 +58,9 @@ def test_there_and_back(tmp_path, overrides):
   assert same == model
   assert_same(again, params)
   assert sources.open_source(tmp_path).step == 7
+  examples = "scalable_t5" if model.config.relative_bias == "per_layer" else "t5"
+  imported = ["from __gin__ import dynamic_registration", f"from t5x.examples.{examples} import network"]
+  assert (tmp_path / "config.gin").read_text().splitlines()[:2] == imported
 
 
 @pytest.mark.parametrize("form", ["t5x_native", "t5x_scanned"])

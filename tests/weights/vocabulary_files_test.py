@@ -41,6 +41,27 @@ def test_match(tmp_path):
     vocabulary_files.vocabularies_match(tmp_path / "a", tmp_path / "b")
 
 
+def test_what_is_compared_is_the_file_itself(tmp_path):
+  """A description that says what another folder's says, beside another file, or that says nothing."""
+  whole, tampered = vocabulary(tmp_path / "whole" / "vocabulary"), vocabulary(tmp_path / "tampered" / "vocabulary")
+  (tampered / "spiece.model").write_bytes(b"others")
+  for given in (tampered, tampered.parent):
+    with pytest.raises(ConfigError, match="spiece.model is not the file that vocabulary.json describes"):
+      vocabulary_files.vocabularies_match(whole, given)
+    with pytest.raises(ConfigError, match="is not the file that vocabulary.json describes"):
+      vocabulary_files.copy(tampered, tmp_path / "model")
+  assert not (tmp_path / "model").exists()
+  (tampered / "spiece.model").unlink()
+  with pytest.raises(ConfigError, match="spiece.model cannot be read .No such file.*copy the whole folder again"):
+    vocabulary_files.vocabularies_match(whole, tampered)
+  damaged = ({}, {"sha256": None}, {"sha256": 3}, {"sha256": "x", "extra_ids": "1"}, {"sha256": "x", "extra_ids": -1})
+  for described in damaged:
+    for folder in (whole, tampered):
+      (folder / "vocabulary.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="is not a vocabulary description"):
+      vocabulary_files.vocabularies_match(whole, tampered)
+
+
 def test_copy(tmp_path):
   source = vocabulary(tmp_path / "source", bytes(range(256)))
   for _ in range(2):
