@@ -21,6 +21,7 @@ from distillspec_jax.decoding.sampling import (
   uniforms_at,
 )
 from distillspec_jax.models.language_model import LanguageModel
+from distillspec_jax.parallel import partitioning
 from distillspec_jax.tokens import EOS_ID, PAD_ID
 from distillspec_jax.types import Generation, Params
 
@@ -71,13 +72,15 @@ def sample_tokens(
     tokens [B, T] int32 (0 after EOS) and lengths [B] int32 (EOS counted).
   """
   batch = prompt.shape[0]
-  row_ids, active = requests.rows(batch, row_ids, active)
+  row_ids, active = partitioning.constrain_rows(requests.rows(batch, row_ids, active))
   keys = row_keys(key, row_ids)
+  params = partitioning.gathered(model, params)
   state, pending = model.start(params, prompt, max_new_tokens)
 
   def step(loop: _Loop) -> _Loop:
     logits, state = model.extend(params, loop.state, loop.pending[:, None])
-    token = next_token(logits[:, 0], sampling, keys, jnp.broadcast_to(loop.position, (batch,)))
+    with partitioning.use_table(model.partitioning):
+      token = next_token(logits[:, 0], sampling, keys, jnp.broadcast_to(loop.position, (batch,)))
     token = jnp.where(loop.done, PAD_ID, token)
     return _Loop(
         position=loop.position + 1,

@@ -2,6 +2,9 @@
 
 The draft, the target and verification all go through `log_probs`, so q is always the distribution that the
 proposals were drawn from.
+
+On a mesh that splits the vocabulary no device ever holds a row's whole law: what travels are sums over each device's
+own tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillspec_jax.parallel.partitioning import constrain, constrain_rows, constrain_vocabulary, ways
 from distillspec_jax.tokens import EOS_ID
 from distillspec_jax.types import ConfigError
 
 _BLOCK = 128  # indices that `sample_from` looks at together
 _BITS = 32  # of a float32, and so of the search for a threshold
+_DIGIT = 4  # bits that the search finds together where each step costs a round of messages
 _LEAST = 1e-30  # of a temperature and of top_p: float32 takes what is much smaller for 0
 
 
@@ -126,7 +131,7 @@ def log_probs(logits: jax.Array, config: SamplingConfig, position: jax.Array | N
     logits = jnp.where(_most_likely(logits, config.top_k), logits, -jnp.inf)
   if config.top_p < 1:
     logits = jnp.where(_nucleus(jax.nn.softmax(logits, axis=-1), config.top_p), logits, -jnp.inf)
-  return jax.nn.log_softmax(logits, axis=-1)
+  return constrain_vocabulary(jax.nn.log_softmax(logits, axis=-1))
 
 
 def _most_likely(logits: jax.Array, k: int) -> jax.Array:
@@ -136,9 +141,12 @@ def _most_likely(logits: jax.Array, k: int) -> jax.Array:
 
 def _nucleus(probabilities: jax.Array, top_p: float) -> jax.Array:
   """Mark the smallest set of largest probabilities [..., V] with mass top_p, and all that equal its smallest."""
-  return _above_threshold(
-      probabilities, lambda above: jnp.sum(jnp.where(above, probabilities, 0.0), axis=-1) >= top_p
-  )
+
+  def enough(above):
+    weights = probabilities if above.ndim == probabilities.ndim else probabilities[..., None, :]
+    return jnp.sum(jnp.where(above, weights, 0.0), axis=-1) >= top_p
+
+  return _above_threshold(probabilities, enough)
 
 
 def _above_threshold(values: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -150,6 +158,7 @@ def _above_threshold(values: jax.Array, enough: Callable[[jax.Array], jax.Array]
   Args:
     values: [..., V].
     enough: [..., V] bool (the values marked) -> [...] bool; True for all of them, and for more where it is for fewer.
+      Where the vocabulary is split it is asked about several thresholds at a time: [..., N, V] -> [..., N].
   """
   bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)  # -0.0 ties with 0.0
   sign = jnp.uint32(1 << (_BITS - 1))
@@ -159,7 +168,16 @@ def _above_threshold(values: jax.Array, enough: Callable[[jax.Array], jax.Array]
     raised = threshold | (sign >> i.astype(jnp.uint32))
     return jnp.where(enough(ordered >= raised[..., None]), raised, threshold)
 
-  threshold = jax.lax.fori_loop(0, _BITS, set_bit, jnp.zeros(values.shape[:-1], jnp.uint32))
+  def set_digit(i, threshold):
+    shift = (_BITS - _DIGIT * (i + 1)).astype(jnp.uint32)
+    digits = jnp.broadcast_to(jnp.arange(1, 1 << _DIGIT, dtype=jnp.uint32), (*threshold.shape, (1 << _DIGIT) - 1))
+    raised = threshold[..., None] | (digits << shift)
+    reached = jnp.sum(enough(ordered[..., None, :] >= raised[..., None]), axis=-1, dtype=jnp.uint32)
+    return threshold | (reached << shift)
+
+  split = ways("activation_vocab", values.shape[-1]) > 1
+  steps, step = (_BITS // _DIGIT, set_digit) if split else (_BITS, set_bit)
+  threshold = jax.lax.fori_loop(0, steps, step, jnp.zeros(values.shape[:-1], jnp.uint32))
   return ordered >= threshold[..., None]
 
 
@@ -186,22 +204,38 @@ def sample_from(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
   First a block of `_BLOCK` indices, then one inside it: a cumulative sum over all V costs 4× as much on CPUs.
 
   Args:
-    weights: [..., V] float32, at least 0; they need not sum to 1. A weight of 0 is never drawn.
-    uniforms: [...] float32 in [0, 1).
+    weights: [B, ..., V] float32, at least 0; they need not sum to 1. A weight of 0 is never drawn.
+    uniforms: [B, ...] float32 in [0, 1).
 
   Returns:
-    [...] int32.
+    [B, ...] int32.
   """
-  *leading, size = weights.shape
-  padding = [(0, 0)] * len(leading) + [(0, -size % _BLOCK)]
-  blocks = jnp.pad(weights, padding).reshape(*leading, -1, _BLOCK)
+  parts = ways("activation_vocab", weights.shape[-1])
+  blocks = _in_blocks(weights, parts)
   sums = jnp.sum(blocks, axis=-1)
+  if parts > 1:
+    sums = constrain_rows(sums)  # of all blocks, everywhere: V / _BLOCK numbers a row
   reached = jnp.cumsum(sums, axis=-1)
   threshold = (uniforms * reached[..., -1])[..., None]
   block = _crossing(reached, sums, threshold)[..., None]
   before = jnp.where(block > 0, jnp.take_along_axis(reached, jnp.maximum(block - 1, 0), axis=-1), 0.0)
   inside = jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
-  return block[..., 0] * _BLOCK + _crossing(before + jnp.cumsum(inside, axis=-1), inside, threshold)
+  place = block[..., 0] * _BLOCK + _crossing(before + jnp.cumsum(inside, axis=-1), inside, threshold)
+  if parts == 1:
+    return place
+  number = blocks.shape[-2] // parts  # blocks of a part
+  padding = number * _BLOCK - weights.shape[-1] // parts  # at its end
+  return place - block[..., 0] // number * padding
+
+
+def _in_blocks(weights: jax.Array, parts: int) -> jax.Array:
+  """Cut [B, ..., V] into blocks [B, ..., N, _BLOCK], filled up with zeros; none lies across two of the parts of V."""
+  *leading, size = weights.shape
+  if parts > 1:
+    weights = weights.reshape(*leading, parts, size // parts)
+  padding = [(0, 0)] * (weights.ndim - 1) + [(0, -weights.shape[-1] % _BLOCK)]
+  blocks = jnp.pad(weights, padding).reshape(*leading, -1, _BLOCK)
+  return blocks if parts == 1 else constrain(blocks, "batch", *[None] * (len(leading) - 1), "activation_vocab", None)
 
 
 def _crossing(cumulative: jax.Array, weights: jax.Array, threshold: jax.Array) -> jax.Array:

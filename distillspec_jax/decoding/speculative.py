@@ -31,6 +31,7 @@ from distillspec_jax.decoding.sampling import (
   uniforms_at,
 )
 from distillspec_jax.models.language_model import LanguageModel
+from distillspec_jax.parallel import partitioning
 from distillspec_jax.tokens import EOS_ID, PAD_ID
 from distillspec_jax.types import ConfigError, Generation, Params
 
@@ -83,11 +84,12 @@ def _propose(draft: LanguageModel, params: Params, loop: _Loop, gamma: int, samp
   for i in range(gamma):
     logits, state = draft.extend(params, state, fed, last_only=True)
     logits, position = logits[:, 0], loop.out.lengths + i
-    if sampling.greedy:
-      token = argmax(allowed(logits, sampling, position))
-    else:
-      q.append(log_probs(logits, sampling, position))
-      token = sample_from(jnp.exp(q[-1]), uniforms[:, i])
+    with partitioning.use_table(draft.partitioning):
+      if sampling.greedy:
+        token = argmax(allowed(logits, sampling, position))
+      else:
+        q.append(log_probs(logits, sampling, position))
+        token = sample_from(jnp.exp(q[-1]), uniforms[:, i])
     tokens.append(token)
     fed = token[:, None]
   return jnp.stack(tokens, axis=1), (jnp.stack(q, axis=1) if q else None), state
@@ -157,11 +159,13 @@ def _block(
   logits, target_state = target.extend(target_params, loop.target, fed)
   positions = loop.out.lengths[:, None] + jnp.arange(gamma + 1, dtype=jnp.int32)[None, :]
   extra = (lenience,) if rule.lossy else ()
-  if sampling.greedy:
-    accepted, next_token = rule.greedy(drafts, allowed(logits, sampling, positions), *extra)
-  else:
-    p = log_probs(logits, sampling, positions)
-    accepted, next_token = rule.sampled(drafts, q, p, u[1], u[2, :, 0], *extra)
+  with partitioning.use_table(partitioning.table_of(target, draft)):
+    if sampling.greedy:
+      accepted, next_token = rule.greedy(drafts, allowed(logits, sampling, positions), *extra)
+    else:
+      p = log_probs(logits, sampling, positions)
+      q = partitioning.constrain_vocabulary(q)
+      accepted, next_token = rule.sampled(drafts, q, p, u[1], u[2, :, 0], *extra)
   out, ended = _emit(loop.out, drafts, accepted, next_token, live)
   held = jnp.where(live, held + 1 + accepted, held)
   return _Loop(
@@ -241,7 +245,9 @@ def speculate_tokens(
     active: [B] bool; rows that are False produce nothing.
     lenience: of a lossy rule, a scalar.
   """
-  row_ids, active = requests.rows(prompt.shape[0], row_ids, active)
+  row_ids, active = partitioning.constrain_rows(requests.rows(prompt.shape[0], row_ids, active))
+  target_params = partitioning.gathered(target, target_params)
+  draft_params = partitioning.gathered(draft, draft_params)
   slots = max_new_tokens + gamma
   target_state, pending = target.start(target_params, prompt, slots)
   draft_state, _ = draft.start(draft_params, prompt, slots)

@@ -34,6 +34,7 @@ from distillspec_jax.decoding.sampling import (
 from distillspec_jax.decoding.speculative import check_pair
 from distillspec_jax.decoding.verification import leading_true
 from distillspec_jax.models.language_model import LanguageModel
+from distillspec_jax.parallel import partitioning
 from distillspec_jax.tokens import EOS_ID, PAD_ID
 from distillspec_jax.types import ConfigError, Params
 
@@ -115,14 +116,18 @@ def interleave(
   check_pair(target, draft)
   rows = prompt.shape[0]
   row_ids, _ = requests.rows(rows, row_ids, None)
-  keys = row_keys(key, row_ids)
+  draft_params = partitioning.gathered(draft, draft_params)
+  target_params = partitioning.gathered(target, target_params)
+  keys = row_keys(key, partitioning.constrain_rows(row_ids))
 
   def step(loop: _Loop) -> _Loop:
     uniforms = None if sampling.greedy else uniforms_at(keys, loop.blocks, (block + 1,))  # G proposals, a replacement
-    proposals, draft_state = _propose(draft, draft_params, loop, sampling, block, uniforms)
+    with partitioning.use_table(draft.partitioning):
+      proposals, draft_state = _propose(draft, draft_params, loop, sampling, block, uniforms)
     fed = jnp.concatenate([loop.pending[:, None], proposals[:, :-1]], axis=1)
     logits, target_state = target.extend(target_params, loop.target, fed)
-    kept, replacement = _judge(proposals, logits, sampling, loop.out.lengths, top_k, uniforms)
+    with partitioning.use_table(target.partitioning):
+      kept, replacement = _judge(proposals, logits, sampling, loop.out.lengths, top_k, uniforms)
     out, emitted, ended = _emit(loop.out, proposals, kept, replacement, ~loop.done)
     held = loop.target.cache.length + emitted
     last = jnp.where(kept < block, replacement, proposals[:, -1])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from distillspec_jax.distillation import divergences
 from distillspec_jax.distillation.vocabulary_chunks import VocabularyChunks
 from distillspec_jax.models.language_model import Unembedding
+from distillspec_jax.parallel import partitioning
 from distillspec_jax.types import ConfigError
 
 REDUCTIONS = ("sequence", "token")
@@ -84,6 +85,7 @@ def chunked_loss(
     chunk: C, positions of T a chunk; T is padded up to a multiple.
     vocab_chunk: v, tokens whose logits [B, C, v] exist at a time, 1 or more; the unembeddings must then be
       `Unembedding`s. They run three times instead of once (without a gradient: twice). None, or V and more: all tokens.
+      Where the mesh splits the vocabulary a chunk is rounded up to equally many tokens of each part.
     reduction: "sequence": the mean over a sequence's tokens, then over sequences (DistillSpec, Eq. 2); sequences
       without a counted token do not count. "token": the mean over all tokens of the batch.
     segments: [B, T] int32, 0 ... T, of packed rows: each id of a row is a sequence. None: each row is one.
@@ -194,7 +196,8 @@ def _in_vocabulary_chunks(value_of, unembeddings, temperature: float, size: int)
   student, *teacher = unembeddings
   if not teacher:
     value_of = divergences.forward_kl
-  chunks = VocabularyChunks(value_of, student, teacher[0] if teacher else None, temperature, size)
+  parts = partitioning.ways("activation_vocab", student.vocab_size)
+  chunks = VocabularyChunks(value_of, student, teacher[0] if teacher else None, temperature, -(-size // parts), parts)
 
   def blanked(student_leaves, hidden, fixed, rest):
     teacher_leaves, mean = fixed

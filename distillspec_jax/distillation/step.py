@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distillspec_jax.decoding.speculative import check_pair
 from distillspec_jax.distillation import losses, rollouts
+from distillspec_jax.distillation.gradients import loss_gradients
 from distillspec_jax.distillation.methods import Method
 from distillspec_jax.models.model_config import DTYPES
 from distillspec_jax.parallel import partitioning
@@ -52,8 +52,8 @@ class StepConfig:
     target_length: T, tokens of a target or of a sampled sequence.
     chunk: C, positions of T whose logits exist at a time; the fastest is what a cache holds (docs/benchmarks.md).
     vocab_chunk: tokens of the vocabulary whose logits exist at a time: less memory for a second and third unembedding.
-      None, or as many as there are: all of them. A mesh with `model` over 1 has split the vocabulary already; there
-      each chunk would gather the output layer.
+      None, or as many as there are: all of them. On a mesh with `model` over 1 each device takes its share of a chunk
+      from its own part of the vocabulary.
     reduction: "sequence" (mean over a sequence's tokens, then over sequences, Eq. 2) or "token" (mean over all tokens).
     accumulate: micro-batches that a batch is cut into, one after the other, between sampling and the one update: less
       memory, the same loss and gradient. Only what a `BatchDivergence` (lk_lambda, tvd_pp) averages over the batch is
@@ -148,7 +148,7 @@ def make_train_step(
         speculative_gamma=config.speculative_rollouts,
     )
     models = learner, teacher, target_params
-    gradients, sums = _gradients(models, state.params, batch, dropout_key, config)
+    gradients, sums = loss_gradients(models, state.params, batch, dropout_key, config)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     metrics = _metrics(config, sums, origin, batch) | {"gradient_norm": optax.global_norm(gradients)}
     if schedule is not None:
@@ -172,6 +172,9 @@ def compile_train_step(
 
   On a mesh the state and the teacher lie as `parallel.partitioning` says, the batch is split over data and fsdp,
   metrics are replicated, and so should the key be (`run_key`). One compilation serves all sources.
+
+  Raises:
+    ConfigError: what `make_train_step` says; on a mesh, when called: a batch that does not split over it.
   """
   step = make_train_step(student, teacher, tx, config, schedule=schedule)
   if mesh is None:
@@ -188,11 +191,27 @@ def compile_train_step(
       compiler_options=compiler_options(config),
   )
 
-  def on_mesh(*args):
-    with partitioning.use_mesh(mesh):
-      return jitted(*args)
+  return _OnMesh(jitted, mesh)
 
-  return on_mesh
+
+@dataclasses.dataclass(frozen=True)
+class _OnMesh:
+  """A jitted step that is traced and run under its mesh."""
+
+  jitted: Any
+  mesh: jax.sharding.Mesh
+
+  def __call__(self, state, target_params, batch, key):
+    return self._call(self.jitted, state, target_params, batch, key)
+
+  def lower(self, state, target_params, batch, key):
+    """Lower it for arguments like these, as the jitted step's own `lower` does."""
+    return self._call(self.jitted.lower, state, target_params, batch, key)
+
+  def _call(self, function, state, target_params, batch, key):
+    partitioning.check_batch(next(iter(batch.values())).shape[0], self.mesh)
+    with partitioning.use_mesh(self.mesh):
+      return function(state, target_params, batch, key)
 
 
 def compiler_options(config: StepConfig) -> dict[str, str] | None:
@@ -299,66 +318,6 @@ def frozen(model, params: Params, dtype: str | None) -> tuple[Any, Params]:
     return other
 
   return type(model)(dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)), jax.tree.map(cast, params)
-
-
-def _gradients(models, params: Params, batch: Batch, dropout_key: jax.Array, config: StepConfig):
-  """Give the loss's gradient and the batch's LossSums, in one piece or in micro-batches."""
-  if config.accumulate == 1:
-    sums_of = _make_sums(models, batch, dropout_key, config)
-    return jax.grad(lambda p: ((sums := sums_of(p)).loss, sums), has_aux=True)(params)
-
-  def body(carry, piece):
-    batch, key = piece
-    batch = {name: partitioning.constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in batch.items()}
-    sums_of = _make_sums(models, batch, key, config)
-    # Of the total, not of the loss: what it is divided by is known when all micro-batches have been counted.
-    gradients, sums = jax.grad(lambda p: ((sums := sums_of(p)).total, sums), has_aux=True)(params)
-    return jax.tree.map(lambda total, more: total + more.astype(jnp.float32), carry, (gradients, sums)), None
-
-  pieces = {name: _micro_batches(x, config.accumulate) for name, x in batch.items()}
-  keys = jax.random.split(dropout_key, config.accumulate)
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-  (gradients, sums), _ = jax.lax.scan(body, (zeros, losses.LossSums.zero()), (pieces, keys))
-  count = jnp.maximum(sums.count, 1.0)
-  return jax.tree.map(lambda gradient, leaf: (gradient / count).astype(leaf.dtype), gradients, params), sums
-
-
-def _micro_batches(array: jax.Array, number: int) -> jax.Array:
-  """Cut rows [B, ...] into [number, B / number, ...]: every number-th row, so that each device gives of its own."""
-  rows, *rest = array.shape
-  if rows % number:
-    raise ConfigError(f"a batch of {rows} rows does not split into StepConfig.accumulate = {number} equal parts")
-  return jnp.moveaxis(array.reshape(rows // number, number, *rest), 1, 0)
-
-
-def _make_sums(models, batch: Batch, dropout_key: jax.Array, config: StepConfig):
-  """Make the function of the student's parameters that the step differentiates: -> LossSums."""
-  student, teacher, target_params = models
-  method, teaching = config.method, None
-  if method.needs_teacher:
-    fixed = jax.lax.stop_gradient(target_params)
-    teaching = _unembedding(teacher, fixed, config), teacher.hidden(fixed, batch)
-
-  def sums(params):
-    hidden = student.hidden(params, batch, dropout_rng=dropout_key)
-    return losses.chunked_loss(
-        method.divergence,
-        (_unembedding(student, params, config), hidden),
-        batch["decoder_loss_weights"],
-        teacher=teaching,
-        targets=batch["decoder_target_tokens"],
-        temperature=method.loss_temperature,
-        chunk=config.chunk,
-        vocab_chunk=config.vocab_chunk,
-        reduction=config.reduction,
-        segments=batch.get("decoder_segment_ids"),
-    )
-
-  return sums
-
-
-def _unembedding(model, params: Params, config: StepConfig) -> losses.Unembed:
-  return model.unembedding(params) if config.vocab_chunk else functools.partial(model.unembed, params)
 
 
 def _metrics(config: StepConfig, sums: losses.LossSums, origin: rollouts.Origin, batch: Batch) -> Metrics:

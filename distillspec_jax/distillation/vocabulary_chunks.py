@@ -3,6 +3,9 @@
 The vocabulary is gone through twice for the value (both laws' normalisers; the sums of the divergence's terms) and
 once more for the gradient, and each time a chunk's logits are made anew. With s_v the value's derivative by log Q(v),
 the gradient by the logit of v is s_v − Q(v)·Σ_u s_u; the second pass adds the s_v up, the third needs their sum.
+
+Where a mesh splits the vocabulary into parts, a chunk takes equally much of each: every device works on its own part
+of the output layers, and none is sent.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ class VocabularyChunks:
     student: the student's output layer.
     teacher: the teacher's; None for cross-entropy: the teacher is then sure of the target.
     temperature: divides the logits of both.
-    size: tokens of a chunk, less than V. The last one begins earlier where V is no multiple, and leaves out again
+    size: tokens of a chunk in each part. The last one begins earlier where a part is no multiple, and leaves out again
       what was in the one before.
+    parts: equal parts of the vocabulary.
   """
 
   divergence: divergences.VocabularySum
@@ -42,6 +46,7 @@ class VocabularyChunks:
   teacher: Unembedding | None
   temperature: float
   size: int
+  parts: int = 1
 
   def values(
       self,
@@ -93,7 +98,7 @@ class VocabularyChunks:
 
     def add_gradients(carry, first):
       start = self._start(first)
-      piece = self.student.cut(student_weights, start, self.size)
+      piece = self.student.cut(student_weights, start, self.size, self.parts)
       logits = lambda weights, h: self._logits(self.student, weights, h, first)
       student_logits, pull_back = jax.vjp(logits, piece, hidden)
       log_p, log_q = log_probs(first, _log_softmax(student_logits, student_normaliser))
@@ -102,7 +107,7 @@ class VocabularyChunks:
         slopes = [jnp.exp(t - total[..., None]) * s for t, total, s in zip(terms, totals, slopes, strict=True)]
       slope = sum(factor[..., None] * s for factor, s in zip(factors, slopes, strict=True))
       of_piece, of_hidden = pull_back(slope - jnp.exp(log_q) * slope_sum[..., None])
-      return self.student.add(carry[0], of_piece, start), carry[1] + of_hidden.astype(jnp.float32)
+      return self.student.add(carry[0], of_piece, start, self.parts), carry[1] + of_hidden.astype(jnp.float32)
 
     carry = weight_gradients, jnp.zeros(hidden.shape, jnp.float32)
     weight_gradients, hidden_gradient = self._over_chunks(add_gradients, carry)
@@ -112,7 +117,7 @@ class VocabularyChunks:
     """Normalise both laws: (function from a chunk to both log-probabilities, student's normaliser, broken [B, C])."""
 
     def logits_of(unembedding, weights, h, first):
-      return self._logits(unembedding, unembedding.cut(weights, self._start(first), self.size), h, first)
+      return self._logits(unembedding, unembedding.cut(weights, self._start(first), self.size, self.parts), h, first)
 
     layers = [(self.student, student_weights, hidden)]
     if self.teacher is not None:
@@ -168,19 +173,32 @@ class VocabularyChunks:
     return jnp.where(largest == -jnp.inf, 0.0, slope / total) if self.divergence.in_logs else slope
 
   def _over_chunks(self, body: Callable[[Any, jax.Array], Any], carry: Any) -> Any:
-    firsts = jnp.arange(0, self.student.vocab_size, self.size, dtype=jnp.int32)
+    firsts = jnp.arange(0, self._part, self.size, dtype=jnp.int32)
     return jax.lax.scan(lambda carry, first: (body(carry, first), None), carry, firsts)[0]
 
+  @property
+  def _part(self) -> int:
+    """V / parts."""
+    return self.student.vocab_size // self.parts
+
   def _start(self, first: jax.Array) -> jax.Array:
-    """Give where the chunk really begins: the last one must end with V."""
-    return jnp.minimum(first, self.student.vocab_size - self.size)
+    """Give where in each part the chunk really begins: the last one must end with the part."""
+    return jnp.minimum(first, self._part - self.size)
+
+  def _places(self, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Give the part of each token of a chunk, and its place there: [1, 1, v] int32 each."""
+    start, number = self._start(first), jax.lax.broadcasted_iota(jnp.int32, (1, 1, self.parts * self.size), 2)
+    if self.parts == 1:
+      return jnp.zeros_like(number), start + number
+    return number // self.size, start + number % self.size
 
   def _ids(self, first: jax.Array) -> jax.Array:
-    return self._start(first) + jax.lax.broadcasted_iota(jnp.int32, (1, 1, self.size), 2)
+    part, place = self._places(first)
+    return place if self.parts == 1 else part * self._part + place
 
   def _fresh(self, first: jax.Array) -> jax.Array:
     """Mark the tokens that no chunk before had: [1, 1, v]."""
-    return self._ids(first) >= first
+    return self._places(first)[1] >= first
 
   def _logits(self, unembedding: Unembedding, piece: Params, hidden: jax.Array, first: jax.Array) -> jax.Array:
     logits = unembedding.logits(piece, hidden).astype(jnp.float32) / self.temperature

@@ -99,7 +99,8 @@ class Stack(nn.Module):
       bias = bias + layers.segment_bias(segments, segments)
     if self.config.positions == "learned":
       # Positions past the table belong to tokens that will be cut off: any vector does.
-      x = x + self.position_embedding.astype(x.dtype)[jnp.clip(positions, 0, self.config.max_positions - 1)]
+      table = constrain(self.position_embedding, None, None)
+      x = x + table.astype(x.dtype)[jnp.clip(positions, 0, self.config.max_positions - 1)]
     x = self.dropout(x, deterministic=deterministic)
     pairs = []
     for i, layer in enumerate(self.layers):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from distillspec_jax.models import layers
 from distillspec_jax.models.language_model import LanguageModel, Unembedding
-from distillspec_jax.parallel.partitioning import constrain
+from distillspec_jax.parallel.partitioning import constrain_logits, use_table
 from distillspec_jax.types import Params
 
 
@@ -33,7 +33,8 @@ class FlaxModel(LanguageModel):
   def apply(self, method: Callable, params: Params, *args, dropout_rng: jax.Array | None = None, **kw):
     """Call one of the module's methods, with dropout where a key is given."""
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-    return self.module.apply({"params": params}, *args, method=method, rngs=rngs, **kw)
+    with use_table(self.partitioning):
+      return self.module.apply({"params": params}, *args, method=method, rngs=rngs, **kw)
 
   def init(self, rng: jax.Array) -> Params:
     return nn.unbox(self._boxed_init(rng))
@@ -51,13 +52,15 @@ class FlaxModel(LanguageModel):
       weights, axis, logits = params["token_embedder"]["embedding"], 0, layers.tied_logits
     else:
       weights, axis, logits = params["decoder"]["logits_dense"]["kernel"], 1, layers.logits
-    return Unembedding(weights, axis, functools.partial(_spread_logits, logits, self.config.dtype))
+    return Unembedding(weights, axis, functools.partial(_placed_logits, logits, self.config.dtype, self.partitioning))
 
   def _boxed_init(self, rng):
     tokens = [jnp.zeros((1, 1), jnp.int32)] * self.token_inputs
     return self.module.init(rng, *tokens, method=type(self.module).everything)["params"]
 
 
-def _spread_logits(logits: Callable[..., jax.Array], dtype: str, weights: jax.Array, hidden: jax.Array) -> jax.Array:
-  found = logits(weights, hidden, dtype)
-  return constrain(found, "batch", *[None] * (found.ndim - 2), "activation_vocab")
+def _placed_logits(
+    logits: Callable[..., jax.Array], dtype: str, table: str, weights: jax.Array, hidden: jax.Array
+) -> jax.Array:
+  with use_table(table):
+    return constrain_logits(logits(weights, hidden, dtype))

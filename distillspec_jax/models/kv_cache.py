@@ -35,7 +35,8 @@ class KVCache:
   def empty(cls, num_layers: int, batch: int, num_heads: int, slots: int, head_dim: int, dtype) -> KVCache:
     """Make a cache of `slots` slots that holds nothing."""
     # Separate zeros for each array: one shared buffer could not be donated.
-    make = lambda: constrain(jnp.zeros((batch, num_heads, slots, head_dim), dtype), "batch", "heads", "cache", "head_dim")
+    shape = (batch, num_heads, slots, head_dim)
+    make = lambda: constrain(jnp.zeros(shape, dtype), "batch", "heads", "cache", "head_dim")
     return cls(
         keys=tuple(make() for _ in range(num_layers)),
         values=tuple(make() for _ in range(num_layers)),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from distillspec_jax.parallel import partitioning
 from distillspec_jax.types import Batch, ConfigError, Params
 
 
@@ -37,19 +38,39 @@ class Unembedding:
     """Turn hidden states [..., E] into all logits [..., V]."""
     return self.logits(self.weights, hidden)
 
-  def cut(self, weights: Params, start: jax.Array, size: int) -> Params:
-    """Cut the tokens start ... start + size - 1 out of weights like these."""
-    take = lambda leaf, axis: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
+  def cut(self, weights: Params, start: jax.Array, size: int, parts: int = 1) -> Params:
+    """Cut the tokens start ... start + size - 1 of each of `parts` equal parts of V out of weights like these."""
+
+    def take(leaf, axis):
+      if parts == 1:
+        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
+      return _joined(jax.lax.dynamic_slice_in_dim(_parted(leaf, axis, parts), start, size, axis + 1), axis)
+
     return jax.tree.map(take, weights, self.axes)
 
-  def add(self, total: Params, piece: Params, start: jax.Array) -> Params:
-    """Add a piece, of any dtype, to the tokens from `start` on in a tree like the weights."""
+  def add(self, total: Params, piece: Params, start: jax.Array, parts: int = 1) -> Params:
+    """Add a piece that `cut` gave, of any dtype, where it was cut, in a tree like the weights."""
 
     def put(whole, part, axis):
+      if parts > 1:
+        return _joined(add(_parted(whole, axis, parts), _parted(part, axis, parts), axis + 1), axis)
+      return add(whole, part, axis)
+
+    def add(whole, part, axis):
       old = jax.lax.dynamic_slice_in_dim(whole, start, part.shape[axis], axis)
       return jax.lax.dynamic_update_slice_in_dim(whole, old + part.astype(whole.dtype), start, axis)
 
     return jax.tree.map(put, total, piece, self.axes)
+
+
+def _parted(leaf: jax.Array, axis: int, parts: int) -> jax.Array:
+  """Cut an axis into equal parts: [..., N, ...] -> [..., parts, N / parts, ...]."""
+  return leaf.reshape(*leaf.shape[:axis], parts, leaf.shape[axis] // parts, *leaf.shape[axis + 1 :])
+
+
+def _joined(leaf: jax.Array, axis: int) -> jax.Array:
+  """Undo `_parted`."""
+  return leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + 2 :])
 
 
 class LanguageModel(abc.ABC):
@@ -79,6 +100,11 @@ class LanguageModel(abc.ABC):
   def vocab_size(self) -> int:
     """V, the width of the logits."""
     return self.config.vocab_size
+
+  @property
+  def partitioning(self) -> str:
+    """Name the table of `parallel.partitioning` that says where this model lies on a mesh."""
+    return getattr(self.config, "partitioning", partitioning.SHARDED)
 
   @property
   def max_length(self) -> int | None:

@@ -79,7 +79,9 @@ class Embed(nn.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Look tokens [B, T] up: [B, T, E]."""
-    return constrain(self.embedding[tokens].astype(self.dtype), "batch", "length", "activation_embed")
+    # fsdp splits the table's rows and the tokens alike: the table is what is gathered.
+    table = constrain(self.embedding, "vocab", None)
+    return constrain(table[tokens].astype(self.dtype), "batch", "length", "activation_embed")
 
 
 def logits(kernel: jax.Array, hidden: jax.Array, dtype: str) -> jax.Array:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from distillspec_jax.models.layers import ACTIVATIONS
+from distillspec_jax.parallel.partitioning import TABLES
 from distillspec_jax.types import ConfigError
 
 DTYPES = ("float32", "bfloat16")
@@ -36,16 +37,16 @@ class ModelConfig:
     unknown = [name for name in self.mlp_activations if name not in ACTIVATIONS]
     if unknown or not self.mlp_activations:
       raise ConfigError(f"{name_of('mlp_activations')}: choose from {sorted(ACTIVATIONS)}.")
-    for field, allowed in {**choices, "dtype": DTYPES, "param_dtype": DTYPES}.items():
+    for field, allowed in {**choices, "dtype": DTYPES, "param_dtype": DTYPES, "partitioning": TABLES}.items():
       if getattr(self, field) not in allowed:
         raise ConfigError(f"{name_of(field)}: choose from {tuple(allowed)}.")
     if not 0.0 <= self.dropout_rate < 1.0:
       raise ConfigError(f"{name_of('dropout_rate')}: must be in [0, 1).")
 
   def as_dict(self) -> dict[str, Any]:
-    """Give the fields in JSON's terms; `remat` is no part of what a network is."""
+    """Give the fields in JSON's terms; how it is computed and where it lies is no part of what a network is."""
     fields = {**dataclasses.asdict(self), "mlp_activations": list(self.mlp_activations)}
-    del fields["remat"]
+    del fields["remat"], fields["partitioning"]
     return fields
 
   @classmethod

@@ -11,7 +11,7 @@ from distillspec_jax.models import layers
 from distillspec_jax.models.flax_model import FlaxModel
 from distillspec_jax.models.kv_cache import KVCache, write
 from distillspec_jax.models.t5_config import T5Config
-from distillspec_jax.parallel.partitioning import constrain
+from distillspec_jax.parallel.partitioning import constrain, use_table
 from distillspec_jax.tokens import PAD_ID, START_ID
 from distillspec_jax.types import Batch, Params
 
@@ -259,7 +259,8 @@ class T5(FlaxModel):
   def start(self, params: Params, prompt: jax.Array, slots: int) -> tuple[T5State, jax.Array]:
     c = self.config
     cross, bias = self.apply(T5Module.encode, params, prompt)
-    cache = KVCache.empty(c.num_decoder_layers, prompt.shape[0], c.num_heads, slots, c.head_dim, jnp.dtype(c.dtype))
+    with use_table(self.partitioning):
+      cache = KVCache.empty(c.num_decoder_layers, prompt.shape[0], c.num_heads, slots, c.head_dim, jnp.dtype(c.dtype))
     keys, values = zip(*cross, strict=True)
     pending = jnp.full((prompt.shape[0],), START_ID, jnp.int32)
     return T5State(cache=cache, cross_keys=keys, cross_values=values, encoder_bias=bias), pending

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from distillspec_jax.models.model_config import ModelConfig
+from distillspec_jax.parallel.partitioning import SHARDED
 from distillspec_jax.types import ConfigError
 
 _GATED = ("gelu", "linear")
@@ -35,6 +36,7 @@ class T5Config(ModelConfig):
     dtype: of matrices while computing, and of the caches: "float32" or "bfloat16".
     param_dtype: of the stored parameters.
     remat: whether gradients compute each layer again instead of keeping what is inside it.
+    partitioning: "sharded" or "replicated": how it lies on a mesh (`parallel.partitioning.TABLES`).
   """
 
   vocab_size: int
@@ -54,6 +56,7 @@ class T5Config(ModelConfig):
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: bool = False
+  partitioning: str = SHARDED
 
   def __post_init__(self):
     self.check(_COUNTS, {"relative_bias": _BIAS_SHARING})

@@ -2,4 +2,15 @@
 
 from distillspec_jax.lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, modules=("mesh", "partitioning"))
+__getattr__, __dir__, __all__ = attach(
+  __name__,
+  modules=(
+    "cluster",
+    "collectives",
+    "mesh",
+    "multihost",
+    "partitioning",
+    "preemption",
+    "watch",
+  ),
+)

@@ -37,7 +37,8 @@ def as_markdown(parts: Lines) -> str:
     if any("/" in line["recipe"] for line in mine):
       text += [f"Block efficiency at γ = 7, T = 0 and T = 1, of DistillSpec's grid (`{task}-*-0`):", _grid(mine)]
     text += _transfers(mine)
-    text += [f"`{trial['name']}`: {_TRIALS[trial['kind']](trial['found'])}" for trial in trials if trial["task"] == task]
+    for trial in (trial for trial in trials if trial["task"] == task):
+      text.append(f"`{trial['name']}`: {_TRIALS[trial['kind']](trial['found'])}")
   return "\n\n".join(text) + "\n"
 
 

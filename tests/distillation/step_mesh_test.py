@@ -11,6 +11,7 @@ from distillspec_jax.distillation.optimizers import OptimizerConfig
 from distillspec_jax.models import T5, T5Config
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.parallel.mesh import MeshConfig, make_mesh
+from distillspec_jax.types import ConfigError
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight (virtual) devices")
 
@@ -35,11 +36,11 @@ def batch():
   }
 
 
-def gradients_by_source(batch, mesh, tx, **fields):
+def gradients_by_source(batch, mesh, tx, student=STUDENT, **fields):
   """Run steps, one compilation, until each source was drawn: {source: (loss, alpha, gradients)}."""
   config = dataclasses.replace(CONFIG, **fields)
-  run = step.compile_train_step(STUDENT, TEACHER, tx, config, mesh=mesh)
-  state = step.init_state(STUDENT, tx, rng=jax.random.key(0), mesh=mesh)
+  run = step.compile_train_step(student, TEACHER, tx, config, mesh=mesh)
+  state = step.init_state(student, tx, rng=jax.random.key(0), mesh=mesh)
   target_params = TEACHER.init(jax.random.key(1))
   if mesh is not None:
     target_params = jax.device_put(target_params, partitioning.param_shardings(TEACHER, mesh))
@@ -72,6 +73,25 @@ def test_speculative_rollouts_and_layers_computed_again(batch, keep_gradients):
       gradients_by_source(batch, mesh, keep_gradients, **fields) for mesh in (None, make_mesh(MeshConfig(2, 2, 2)))
   )
   assert_close(found, wanted)
+
+
+def test_a_replicated_student_and_chunks_of_a_split_vocabulary(batch, on_one_device, keep_gradients):
+  """The student lies whole on every device, its teacher does not; of the 32 tokens of a part 11 are taken at a time."""
+  mesh = make_mesh(MeshConfig(1, 2, 4))
+  student, _ = partitioning.lay_out(STUDENT, None, mesh, "replicated")
+  shardings = partitioning.state_shardings(step.abstract_state(student, keep_gradients), student, mesh)
+  assert all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
+  found = gradients_by_source(batch, mesh, keep_gradients, student=student, vocab_chunk=41)
+  assert_close(found, on_one_device)
+
+
+def test_a_batch_that_does_not_split_is_refused_before_anything_is_compiled(batch, keep_gradients):
+  run = step.compile_train_step(STUDENT, TEACHER, keep_gradients, CONFIG, mesh=make_mesh(MeshConfig(2, 2, 2)))
+  six = {name: value[:6] for name, value in batch.items()}
+  for call in (run, run.lower):
+    with pytest.raises(ConfigError, match="a batch of 6 rows does not split over data x fsdp = 4 devices") as error:
+      call(step.abstract_state(STUDENT, keep_gradients), TEACHER.abstract_params(), six, jax.random.key(0))
+    assert "\n" not in str(error.value)
 
 
 def assert_close(found, wanted):

@@ -186,6 +186,59 @@ def test_a_program_traced_without_a_mesh_is_not_reused_with_one():
   assert seen == [True, False, False]
 
 
+# ---- another table for one of two models
+
+
+def test_a_replicated_model_lies_whole_everywhere():
+  mesh, params = mesh_of((2, 2, 2)), _case()[0]
+  model, placed = partitioning.lay_out(MODEL, _place(params, mesh), mesh, "replicated")
+  assert model.partitioning == "replicated" and model != MODEL and model.describe() == MODEL.describe()
+  for leaf, want in zip(jax.tree.leaves(placed), jax.tree.leaves(params), strict=True):
+    assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 8
+    np.testing.assert_array_equal(leaf, want)
+  back, again = partitioning.lay_out(model, placed, mesh, "sharded")
+  assert back == MODEL
+  shardings = jax.tree.leaves(partitioning.param_shardings(MODEL, mesh))
+  assert [leaf.sharding for leaf in jax.tree.leaves(again)] == shardings
+
+
+def test_laying_out_changes_nothing_where_there_is_nothing_to_change():
+  params = {"any": "thing"}
+  assert partitioning.lay_out(MODEL, params, None, "replicated") == (MODEL, params)
+  assert partitioning.lay_out(MODEL, params, mesh_of((2, 2, 2)), "sharded") == (MODEL, params)
+  assert partitioning.lay_out(MODEL, None, mesh_of((2, 2, 2)), "replicated")[1] is None
+  with pytest.raises(ConfigError, match="partitioning is 'split'; there are sharded, replicated"):
+    partitioning.lay_out(MODEL, params, None, "split")
+  with pytest.raises(ConfigError, match="partitioning='split': choose from .*sharded.*replicated"):
+    T5Config.named("t5_tiny", partitioning="split")
+
+
+def test_a_table_holds_inside_its_block_only():
+  mesh = mesh_of((2, 2, 2))
+  spec = lambda: partitioning._spec((8, 4, 6), ("batch", "heads", None), mesh)
+  assert spec() == PartitionSpec(("data", "fsdp"), "model", None)
+  with partitioning.use_table("replicated"):
+    assert spec() == PartitionSpec(("data", "fsdp"), None, None)
+    with partitioning.use_table("sharded"):
+      assert spec() == PartitionSpec(("data", "fsdp"), "model", None)
+  assert spec() == PartitionSpec(("data", "fsdp"), "model", None)
+
+
+def test_the_joint_table_splits_where_one_model_is_split():
+  other = T5(T5Config.named("t5_tiny", partitioning="replicated"))
+  assert partitioning.table_of(MODEL, other) == partitioning.table_of(MODEL) == "sharded"
+  assert partitioning.table_of(other, other) == "replicated"
+
+
+def test_ways_counts_parts():
+  assert partitioning.ways("activation_vocab", 16) == 1
+  with partitioning.use_mesh(mesh_of((2, 2, 2))):
+    assert partitioning.ways("activation_vocab", 16) == 2 and partitioning.ways("batch", 16) == 4
+    assert partitioning.ways("activation_vocab", 15) == 1 and partitioning.ways("length", 16) == 1
+    with partitioning.use_table("replicated"):
+      assert partitioning.ways("activation_vocab", 16) == 1 and partitioning.ways("batch", 16) == 4
+
+
 # ---- states and batches
 
 
