@@ -48,6 +48,7 @@ EXTRAS = {
   ],
   "tpu": ["jax[tpu]>=0.10"],
   "cuda": ["jax[cuda12]>=0.10"],
+  "plan": ["libtpu>=0.0.42"],  # plans for TPUs with their own compiler; no TPU is needed
   "huggingface": ["safetensors>=0.8.0", "transformers>=5.23.0"],
   # Not on PyPI; nothing in the package or its tests needs it.
   "t5x": [
@@ -57,7 +58,18 @@ EXTRAS = {
   ],
 }
 
-DOORS = ["train", "evaluate", "convert", "report", "prepare_data", "quickstart", "transfer", "study", "generate_targets"]
+DOORS = [
+  "train",
+  "evaluate",
+  "transfer",
+  "study",
+  "generate_targets",
+  "prepare_data",
+  "convert",
+  "plan",
+  "report",
+  "quickstart",
+]
 
 setuptools.setup(
   name="distillspec_jax",

@@ -42,6 +42,7 @@ from distillspec_jax.distillation.step import (
     make_train_step,
 )
 from distillspec_jax.models import T5, LanguageModel
+from distillspec_jax.planning.chips import peak_flops
 from distillspec_jax.types import ConfigError, Params
 
 PRESETS = {
@@ -56,17 +57,6 @@ PRESETS = {
     ),
 }
 WHOLE = "whole step"
-# Floating-point operations a second at most, of dense bfloat16 products; the first part of a device's kind that fits.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 Model = tuple[LanguageModel, Params]
 
@@ -309,11 +299,6 @@ def pieces_rows(pieces: Pieces, programs, timings) -> list[dict[str, Any]]:
         "peak_share": flops[name] / seconds / peak if peak and name in flops else None,
     })
   return rows
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """Give what a device of jax's `device_kind` can do at most, operations a second; None where that is not known."""
-  return next((peak for part, peak in PEAK_FLOPS.items() if part in device_kind), None)
 
 
 def pieces_table(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The frame of every entry point: absl flags, one-line errors, quiet TensorFlow, a compilation cache on disk.
+"""The frame of every entry point: absl flags, one-line errors, quiet TensorFlow, compiled programs kept, hosts joined.
 
 Entry points import this module first, so that the environment is set before anything heavy loads. Only entry
 points, this module and `gin_binding` know absl flags or gin.
@@ -19,6 +19,7 @@ import os
 import pathlib
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only reads text here; its start-up notes are noise
@@ -28,7 +29,9 @@ from absl import app, flags  # noqa: E402
 
 from distillspec_jax.types import ConfigError  # noqa: E402
 
+EXIT_BUG = 1
 EXIT_CONFIG = 2
+EXIT_LOST = 3  # with several processes: another one is gone
 EXIT_INTERRUPTED = 130
 
 
@@ -36,10 +39,50 @@ def run(main: Callable[[Sequence[str]], object]) -> None:
   """Parse the flags, call `main(argv)`, leave the process.
 
   A `ConfigError`, an unknown flag or a wrong flag value is one line on stderr, `error: ...`, and exit code 2;
-  Ctrl-C is one line and 130; anything else is a bug and keeps its traceback. `--gin.NAME=VALUE` is accepted for
-  doors that define `--gin_bindings` (T5X's calling style).
+  Ctrl-C is one line and 130; a run that was told to stop and has saved says so and exits with 0; anything else is a
+  bug and keeps its traceback. Of several processes (`join`) all end when one does, and those that lost another exit
+  with 3. `--gin.NAME=VALUE` is accepted for doors that define `--gin_bindings` (T5X's calling style).
   """
   app.run(functools.partial(_guarded, main), flags_parser=_parse_flags)
+
+
+def define_process_flags() -> None:
+  """Define the flags that `join` reads."""
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; not needed on a TPU pod, under Slurm or Kubernetes.")
+  flags.DEFINE_integer("num_processes", None, "Processes of this run, all together; 1: alone, whatever started it.")
+  flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+  flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for all processes to come together.")
+  flags.DEFINE_float("host_timeout", 60.0, "Seconds without a sign of life after which a process counts as gone.")
+
+
+def join() -> bool:
+  """Join the other processes of this run, if there are any, as the flags or the environment say; say whether.
+
+  Raises:
+    ConfigError: see `multihost.start`.
+  """
+  from distillspec_jax.parallel import multihost  # noqa: PLC0415
+
+  given = flags.FLAGS
+  limits = multihost.Limits(start=given.start_timeout, silence=given.host_timeout)
+  return multihost.start(given.coordinator or None, given.num_processes, given.process_id, limits)
+
+
+def require_same_run(settings: str) -> None:
+  """Refuse to go on where the processes of a run have other settings, versions or code of this package.
+
+  Raises:
+    ConfigError: they have; names the hosts and the first difference.
+  """
+  import jax  # noqa: PLC0415
+
+  from distillspec_jax.parallel import multihost  # noqa: PLC0415
+
+  if multihost.several():
+    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}, code of this package {code}"
+    multihost.require_same("the configuration", f"{settings}\n{versions}")
 
 
 def use_compilation_cache() -> None:
@@ -70,16 +113,33 @@ def one_line(error: BaseException) -> str:
 
 
 def _guarded(main, argv):
+  from distillspec_jax.parallel import multihost  # noqa: PLC0415  (brings jax, which --help does not need)
+  from distillspec_jax.parallel.preemption import Preempted  # noqa: PLC0415
+
   _set_up_logging()
   try:
     if len(argv) > 1:
       raise ConfigError(f"unexpected argument {argv[1]!r}: options are written --name=value (see --help)")
     use_compilation_cache()
-    return main(argv)
+    result = main(argv)
+    multihost.stop()
+    return result
   except ConfigError as error:
     _leave(one_line(error), EXIT_CONFIG)
+  except multihost.HostLost as error:
+    _leave(one_line(error), EXIT_LOST)
   except KeyboardInterrupt:
     _leave("interrupted", EXIT_INTERRUPTED)
+  except Preempted as notice:
+    if multihost.is_first():
+      print(notice, file=sys.stderr, flush=True)
+    multihost.stop()
+  except Exception as error:
+    multihost.blame(error)
+    if multihost.several():
+      traceback.print_exc()
+    multihost.leave(one_line(error), EXIT_BUG)
+    raise
 
 
 def _set_up_logging() -> None:
@@ -121,6 +181,8 @@ def _rewrite_gin(argv: Sequence[str]) -> list[str]:
 def _leave(message: str, code: int):
   sys.stdout.flush()
   print(f"error: {message}", file=sys.stderr, flush=True)
+  if multihost := sys.modules.get("distillspec_jax.parallel.multihost"):
+    multihost.leave(message, code)
   sys.exit(code)
 
 
@@ -149,4 +211,5 @@ prepare_data = functools.partial(_door, "prepare_data")
 quickstart = functools.partial(_door, "quickstart")
 transfer = functools.partial(_door, "transfer")
 study = functools.partial(_door, "study.door")
+plan = functools.partial(_door, "plan")
 generate_targets = functools.partial(_door, "generate_targets")

@@ -75,7 +75,7 @@ def run(request: Request) -> None:
       raise ConfigError(f"--{name}={given}: there are {', '.join(possible)}")
   directory, step, form = sources.find(request.source, request.step)
   try:
-    output = _empty_output(sources.user_path(request.output_dir).absolute(), directory)
+    output = _empty_output(integrity.user_path(request.output_dir).absolute(), directory)
     vocabulary = _find_vocabulary(request, directory)
   except OSError as error:  # no permission, say
     raise ConfigError(f"{error.filename} cannot be opened: {error.strerror or error}") from error
@@ -179,7 +179,7 @@ def _empty_output(output: pathlib.Path, source: pathlib.Path) -> pathlib.Path:
 def _find_vocabulary(request: Request, source: pathlib.Path) -> pathlib.Path | None:
   """Choose the vocabulary: the flag's, else the source's own."""
   if request.vocabulary is not None:
-    given = sources.user_path(request.vocabulary)
+    given = integrity.user_path(request.vocabulary)
     if not given.exists():
       raise ConfigError(f"--vocabulary={given} does not exist: give a SentencePiece file or a vocabulary folder")
     folder = weights.vocabulary_dir(given) if given.is_dir() else given

@@ -40,10 +40,14 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the choice of prompts, of sampling, 
 _VOCABULARY = flags.DEFINE_string("vocabulary", "", "A vocabulary folder or .model file, for models that carry none.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "TFDS's folder, for tasks over TFDS; empty: TFDS's default.")
 _PROMPT = flags.DEFINE_string("prompt", "", "In place of the task's own, with {inputs} where the inputs go.")
-_MESH = flags.DEFINE_list("mesh", [], "Devices for data,fsdp,model, such as 1,1,8; empty: one device.")
+_MESH = flags.DEFINE_list("mesh", [], "Devices for data,fsdp,model, such as 1,1,8; empty: one, or all as data.")
+_TARGET_PARTITIONING = flags.DEFINE_string("target_partitioning", "sharded", "On the mesh: sharded or replicated.")
+_DRAFT_PARTITIONING = flags.DEFINE_string("draft_partitioning", "sharded", "The same of the draft.")
 _PROFILE = flags.DEFINE_string("profile", "", "A folder for a JAX trace of one batch, which TensorBoard shows.")
 _LABEL = flags.DEFINE_string("label", "", "The run's name in reports, such as before or after.")
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for metrics.json and outputs.jsonl.", required=True)
+cli.define_process_flags()
+
 
 def main(argv: Sequence[str]) -> None:
   """Read the flags and evaluate."""
@@ -66,26 +70,29 @@ def main(argv: Sequence[str]) -> None:
       timing_repeats=_TIMING_REPEATS.value,
       seed=_SEED.value,
   )
-  evaluation_request.run(
-      evaluation_request.Request(
-          target=_TARGET.value,
-          draft=_DRAFT.value,
-          task=_TASK.value,
-          output_dir=_OUTPUT_DIR.value,
-          split=_SPLIT.value,
-          gamma=gamma,
-          measuring=measuring,
-          input_length=_INPUT_LENGTH.value,
-          target_length=_TARGET_LENGTH.value,
-          num_examples=_NUM_EXAMPLES.value,
-          vocabulary=_VOCABULARY.value or None,
-          data_dir=_DATA_DIR.value or None,
-          prompt=_PROMPT.value or None,
-          mesh=mesh,
-          profile=_PROFILE.value or None,
-          label=_LABEL.value,
-      )
+  request = evaluation_request.Request(
+      target=_TARGET.value,
+      draft=_DRAFT.value,
+      task=_TASK.value,
+      output_dir=_OUTPUT_DIR.value,
+      split=_SPLIT.value,
+      gamma=gamma,
+      measuring=measuring,
+      input_length=_INPUT_LENGTH.value,
+      target_length=_TARGET_LENGTH.value,
+      num_examples=_NUM_EXAMPLES.value,
+      vocabulary=_VOCABULARY.value or None,
+      data_dir=_DATA_DIR.value or None,
+      prompt=_PROMPT.value or None,
+      mesh=mesh,
+      target_partitioning=_TARGET_PARTITIONING.value,
+      draft_partitioning=_DRAFT_PARTITIONING.value,
+      profile=_PROFILE.value or None,
+      label=_LABEL.value,
   )
+  cli.join()
+  cli.require_same_run(repr(request))
+  evaluation_request.run(request)
 
 
 def _gamma(text: str) -> int | str:

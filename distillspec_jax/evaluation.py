@@ -22,10 +22,12 @@ from distillspec_jax.analysis import latency
 from distillspec_jax.analysis.costs import Costs, Pair
 from distillspec_jax.analysis.measure import MeasureConfig, Measurement, log_likelihoods, measure
 from distillspec_jax.data import lookup, vocabularies
-from distillspec_jax.data.host_tensorflow import seqio
 from distillspec_jax.data.eval_set import EvalSet
+from distillspec_jax.data.host_tensorflow import seqio
+from distillspec_jax.parallel import multihost
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import integrity, vocabulary_files
+
 
 def evaluate(
     pair: Pair,
@@ -64,7 +66,7 @@ def evaluate(
   folder = weights.ensure_writable(output_dir)
   _check_ids(pair, examples, vocabulary)
   config = within_vocabulary(config, pair, vocabulary)
-  track = (lambda items, what: items) if quiet else batch_progress(label)
+  track = (lambda items, what: items) if quiet or not multihost.is_first() else batch_progress(label)
   measurement = measure(pair, examples.encoder_input_tokens, config, costs=costs, track=track)
   texts = {
       "autoregressive": decode_texts(vocabulary, measurement.plain.tokens, measurement.plain.lengths),
@@ -82,9 +84,10 @@ def evaluate(
   metrics = _finite(metrics)
   lines = output_lines(examples, vocabulary, measurement, texts)
   # Where metrics.json is, the evaluation beside it is complete: an older one goes first, the new one comes last.
-  (folder / "metrics.json").unlink(missing_ok=True)
-  integrity.write_atomically(folder / "outputs.jsonl", "".join(_json(line) + "\n" for line in lines).encode())
-  integrity.write_atomically(folder / "metrics.json", (_json(metrics, indent=2) + "\n").encode())
+  if multihost.is_first():
+    (folder / "metrics.json").unlink(missing_ok=True)
+    integrity.write_atomically(folder / "outputs.jsonl", "".join(_json(line) + "\n" for line in lines).encode())
+    integrity.write_atomically(folder / "metrics.json", (_json(metrics, indent=2) + "\n").encode())
   return metrics
 
 

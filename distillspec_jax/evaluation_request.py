@@ -15,7 +15,7 @@ from distillspec_jax.data import eval_set, task_info
 from distillspec_jax.data.lookup import Changes, find_tasks
 from distillspec_jax.decoding.speculative import check_pair
 from distillspec_jax.parallel import mesh as meshes
-from distillspec_jax.parallel import partitioning
+from distillspec_jax.parallel import multihost, partitioning
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import loading
 
@@ -38,7 +38,8 @@ class Request:
     vocabulary: for models that carry none.
     data_dir: TFDS's folder.
     prompt: a template in place of the task's own.
-    mesh: sizes of data, fsdp, model; () is one device.
+    mesh: sizes of data, fsdp, model; () is one device, or with several processes all devices, as data.
+    target_partitioning, draft_partitioning: how each lies on the mesh, of `parallel.partitioning.TABLES`.
     profile: a folder for a trace of one batch.
     label: the run's name in reports.
   """
@@ -57,6 +58,8 @@ class Request:
   data_dir: str | None = None
   prompt: str | None = None
   mesh: tuple[int, ...] = ()
+  target_partitioning: str = partitioning.SHARDED
+  draft_partitioning: str = partitioning.SHARDED
   profile: str | None = None
   label: str = ""
 
@@ -64,6 +67,8 @@ class Request:
     for name in ("input_length", "target_length"):
       if getattr(self, name) < 0:
         raise ConfigError(f"{name} is {getattr(self, name)}: give a number of tokens, or 0 for the task's usual")
+    for name in ("target_partitioning", "draft_partitioning"):
+      partitioning.check_table(getattr(self, name), name)
     # Settings that cannot be are refused now; the task's usual length is known later, when the task is looked up.
     self._config(self.target_length or max(self.measuring.get("min_length", 0), 1))
 
@@ -108,21 +113,26 @@ def run(request: Request, costs: Costs | None = None) -> dict[str, Any]:
     request.target, request.draft, request.vocabulary, request.task, request.split
   )
   if of_task:
-    print(f"the models carry no vocabulary: taking that of {request.task}")
+    multihost.say(f"the models carry no vocabulary: taking that of {request.task}")
   config, (input_length, target_length) = request.config(), request.lengths()
   changes = Changes(vocabulary, request.prompt, request.data_dir)
   examples = eval_set.eval_examples(
     request.task, request.split, request.num_examples, input_length, target_length, config.seed, changes
   )
-  print(f"{len(examples)} prompts of {request.task}, {request.split}: {input_length} tokens in, {target_length} out")
-  print("\n".join(evaluation.data_lines(examples)))
+  what = f"{len(examples)} prompts of {request.task}, {request.split}"
+  multihost.say("\n".join([f"{what}: {input_length} tokens in, {target_length} out", *evaluation.data_lines(examples)]))
   with _use_mesh(request.mesh) as mesh:
-    pair = Pair(*weights.load_model(request.target, mesh=mesh), *weights.load_model(request.draft, mesh=mesh))
+    if mesh is not None:
+      for rows in {config.batch_size, config.decode_batch_size} - {1}:  # one prompt alone lies on every device
+        partitioning.check_batch(rows, mesh)
+    target = partitioning.lay_out(*weights.load_model(request.target, mesh=mesh), mesh, request.target_partitioning)
+    draft = partitioning.lay_out(*weights.load_model(request.draft, mesh=mesh), mesh, request.draft_partitioning)
+    pair = Pair(*target, *draft)
     check_pair(pair.target, pair.draft)
     config = evaluation.within_vocabulary(config, pair, vocabulary)  # alpha and the trace are of the run's own law
     if request.gamma == AUTO:
       choice = gamma_choice.choose_gamma(pair, examples.encoder_input_tokens, config)
-      print(choice, flush=True)
+      multihost.say(choice)
       config, costs = dataclasses.replace(config, gamma=choice.gamma), choice.costs
     metrics = evaluation.evaluate(
       pair,
@@ -136,14 +146,15 @@ def run(request: Request, costs: Costs | None = None) -> dict[str, Any]:
     )
     if trace:
       measure.profile(pair, examples.encoder_input_tokens, config, str(trace))
-      print(f"wrote a trace of one batch to {trace}")
-  print(evaluation.summary_line(metrics, request.output_dir))
+      multihost.say(f"wrote a trace of one batch to {trace}")
+  multihost.say(evaluation.summary_line(metrics, request.output_dir))
   return metrics
 
 
 @contextlib.contextmanager
 def _use_mesh(sizes: tuple[int, ...]):
-  """Enter a mesh of these sizes; gives None where there are none."""
+  """Enter a mesh of these sizes; gives None where there are none and one process."""
+  sizes = sizes or ((-1, 1, 1) if multihost.several() else ())
   if not sizes:
     yield None
     return

@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-import jax
+from distillspec_jax.parallel import multihost
 
 NAME = "train_log.jsonl"
 
@@ -16,15 +16,16 @@ class RunLog:
 
   def __init__(self, directory: str | pathlib.Path, step: int):
     """Open the log of MODEL_DIR for a run that stands at `step`; only the first host writes."""
-    self._writes = jax.process_index() == 0
+    self._writes = multihost.is_first()
     if not self._writes:
       return
     from distillspec_jax.data.host_tensorflow import tf  # noqa: PLC0415  (4 seconds; the doors that train have it already)
 
     directory = pathlib.Path(directory)
     self._path = directory / NAME
-    kept = [line for line in self._lines() if line["step"] <= step] if step else []
-    self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    kept = [json.dumps(line) for line in self._lines() if line["step"] <= step] if step else []
+    self._path.write_text("".join(f"{line}\n" for line in kept))
+    self._kept = set(kept)
     self._summary = tf.summary
     self._events = tf.summary.create_file_writer(str(directory))
 
@@ -32,8 +33,11 @@ class RunLog:
     """Append one line and the same scalars as TensorBoard events."""
     if not self._writes:
       return
+    line = json.dumps({"step": step, **{name: float(value) for name, value in scalars.items()}})
+    if line in self._kept:  # a validation that is made again where the run goes on
+      return
     with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **{name: float(value) for name, value in scalars.items()}}) + "\n")
+      file.write(f"{line}\n")
     with self._events.as_default():
       for name, value in scalars.items():
         self._summary.scalar(name, value, step=step)

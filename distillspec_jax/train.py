@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,26 +24,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from distillspec_jax import gin_binding, models, weights
-from distillspec_jax.data import eval_set, lookup, pipeline, vocabularies
-from distillspec_jax.decoding.speculative import check_pair
+from distillspec_jax import gin_binding, models, training_setup, weights
+from distillspec_jax.data import pipeline
 from distillspec_jax.distillation import best, costs, loop, methods, optimizers, step, target_check, validation
 from distillspec_jax.parallel import mesh as meshes
-from distillspec_jax.parallel import partitioning
+from distillspec_jax.parallel import multihost, partitioning, preemption
 from distillspec_jax.run_log import RunLog
-from distillspec_jax.types import ConfigError, Params
-from distillspec_jax.weights import integrity, vocabulary_files
-
-_RUN = "run.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-  """One model of a run, the directory it came from (None: made new) and its parameters (None: to be drawn)."""
-
-  model: models.LanguageModel
-  params: Params | None = None
-  directory: str | None = None
 
 
 def train(
@@ -84,65 +69,35 @@ def train(
 
   Raises:
     ConfigError: anything given cannot work; before the first compilation, except for a NaN in the loss.
+    Preempted: told to stop (SIGTERM); what had been done is saved.
   """
-  directory = weights.ensure_writable(model_dir)
-  mesh = _mesh(mesh_config, data.batch_size, step_config.accumulate)
-  _check_lengths(data, step_config)
-  lookup.find_tasks(data.task, data.split, lookup.Changes(prompt=data.prompt, data_dir=data.data_dir, cache_dir=data.cache_dir))
-  if not data.train_on_evaluation_data:
-    lookup.refuse_training(data.task)
-  vocabulary_dir = _choose_vocabulary(directory, data, [initial_checkpoint, target, evaluation_target])
-  held_out = _held_out(data, loop_config, evaluation_split, vocabulary_dir)
-  student = _student(model, initial_checkpoint, mesh)
-  teacher = _teacher(target, step_config.method, mesh, target_dtype)
-  judge = _load(evaluation_target, mesh) if evaluation_target else teacher
-  sides = {"model": student, "target": teacher, "evaluation_target": judge}
-  _check_vocabulary_fits(vocabulary_dir, sides)
-  for side in filter(None, (teacher, judge)):
-    check_pair(side.model, student.model)
-  if data.pack:
-    step.check_packing(step_config.method, student.model, teacher and teacher.model)
-  _check_positions(data, step_config, sides)
-  _check_same_run(directory, data, step_config, optimizer, teacher)
-  weights.save_description(directory, student.model)
-  (directory / "config.gin").write_text(config_text)
-
-  tx, schedule = optimizer.build(loop_config.steps)
-  checkpoints = weights.RunCheckpoints(directory, keep=loop_config.keep_checkpoints)
-  restored = checkpoints.restore_latest(_placed_abstract_state(student.model, tx, mesh))
-  state, saved, _ = restored or (None, None, 0)
-  place, remembered = loop.split_place(saved)
-  batches = pipeline.train_batches(
-    data, vocabulary_dir, jax.process_index(), jax.process_count(), place, packed_rows=student.model.packed_rows
-  )
-  held = _validation(student.model, held_out, loop_config, judge, mesh)
-  parts = loop.Parts(
-    step=step.compile_train_step(
-      student.model, teacher and teacher.model, tx, step_config, schedule=schedule, mesh=mesh
-    ),
-    batches=batches,
-    target_params=teacher and teacher.params,
-    checkpoints=checkpoints,
-    validation=held,
-    best=_best(directory, student.model, loop_config, held, vocabulary_dir),
-    meter=costs.Meter(student.model, teacher and teacher.model),
-    remembered=remembered,
-    mesh=mesh,
-    name=directory.name,
-  )
-  if teacher:
-    target_check.require_finite_logits(teacher.model, teacher.params, mesh)
-  _announce(student, teacher, data, mesh)
-  if state is None:
-    state = _first_state(student, tx, loop_config.seed, mesh)
-  student = dataclasses.replace(student, params=None)  # the state has its own copy
-  log = RunLog(directory, int(state.step))
-  try:
-    state = loop.train(loop_config, parts, state, log.write)
-  finally:
-    log.close()
-    checkpoints.close()
-  return {"model_dir": str(directory), "step": int(state.step), "best": parts.best and parts.best.record}
+  cli.require_same_run(config_text or repr((data, optimizer, loop_config, mesh_config, model)))
+  with preemption.Notice() as notice:
+    setup = training_setup.prepare(
+      model_dir,
+      data,
+      step_config,
+      optimizer,
+      loop_config,
+      mesh_config,
+      model=model,
+      initial_checkpoint=initial_checkpoint,
+      target=target,
+      evaluation_target=evaluation_target,
+      target_dtype=target_dtype,
+      evaluation_split=evaluation_split,
+    )
+    weights.save_description(setup.directory, setup.student.model)
+    if multihost.is_first():
+      (setup.directory / "config.gin").write_text(config_text)
+    optimizing = optimizer.build(loop_config.steps)
+    checkpoints = weights.RunCheckpoints(setup.directory, keep=loop_config.keep_checkpoints)
+    try:
+      state, parts = _resumed(setup, data, step_config, loop_config, optimizing, checkpoints)
+      state = _run(loop_config, dataclasses.replace(parts, notice=notice), state, setup.directory)
+    finally:
+      checkpoints.close()
+  return {"model_dir": str(setup.directory), "step": int(state.step), "best": parts.best and parts.best.record}
 
 
 def run_from_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> dict[str, Any]:
@@ -165,175 +120,79 @@ def arguments_from_gin(files: Sequence[str], bindings: Sequence[str] = ()) -> di
 
 
 def main(argv: Sequence[str]) -> None:
-  """Read the flags' gin files and bindings, and train."""
+  """Read the flags' gin files and bindings, join the other processes, and train."""
   del argv
-  result = run_from_gin(*gin_binding.from_flags(flags.FLAGS))
-  if jax.process_index() == 0:
-    print(json.dumps(result))
+  given = gin_binding.from_flags(flags.FLAGS)
+  cli.join()
+  multihost.say(json.dumps(run_from_gin(*given)))
 
 
-def _mesh(config: meshes.MeshConfig, batch_size: int, accumulate: int) -> jax.sharding.Mesh | None:
-  """Make the mesh, or None on one device; the batch, in its micro-batches, must split over it."""
-  mesh = meshes.make_mesh(config)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size % (ways * accumulate) and accumulate > 1:
-    raise ConfigError(
-      f"DataConfig.batch_size is {batch_size}: StepConfig.accumulate = {accumulate} times data x fsdp = {ways} devices"
-      " must divide it"
-    )
-  if batch_size % ways:
-    raise ConfigError(
-      f"DataConfig.batch_size is {batch_size}: data x fsdp = {ways} devices must divide it (see MeshConfig)"
-    )
-  return mesh if mesh.size > 1 else None
-
-
-def _check_lengths(data: pipeline.DataConfig, step_config: step.StepConfig) -> None:
-  """Refuse targets of one length from the data and another in the step, where the step uses the data's."""
-  if step_config.method.needs_data and data.target_length != step_config.target_length:
-    raise ConfigError(
-      f"DataConfig.target_length is {data.target_length} and StepConfig.target_length {step_config.target_length}:"
-      " they must be equal (TARGET_LENGTH sets both)"
-    )
-
-
-def _choose_vocabulary(directory: pathlib.Path, data: pipeline.DataConfig, given: Sequence[str | None]) -> str:
-  """Put the vocabulary into MODEL_DIR: that of the models given, which must agree, or else the task's own."""
-  given = [name for name in given if name]
-  folders = [folder for folder in map(weights.vocabulary_dir, given) if folder is not None]
-  for other in folders[1:]:
-    weights.vocabularies_match(folders[0], other)
-  own = directory / "vocabulary"
-  if folders:
-    vocabulary_files.copy(folders[0], directory)
-  if note := vocabulary_files.unchecked(*given):
-    print(note, flush=True)
-  if data.vocabulary:
-    with tempfile.TemporaryDirectory() as folder:
-      vocabularies.save(vocabularies.given(data.vocabulary), folder)
-      vocabulary_files.copy(folder, directory)  # refused where it is another than the models'
-  elif not folders and not (directory / _RUN).is_file():  # a run that has begun keeps the vocabulary it began with
-    vocabulary_files.refuse_foreign(*given)
-    if given:
-      print(f"the models carry no vocabulary: taking that of {data.task}", flush=True)
-    task, _ = next(iter(lookup.find_tasks(data.task, data.split, prepared=False).values()))
-    vocabularies.save(task.output_features["targets"].vocabulary, own)
-  return str(own)
-
-
-def _held_out(
-  data: pipeline.DataConfig, config: loop.TrainConfig, split: str, vocabulary_dir: str
-) -> Mapping[str, np.ndarray] | None:
-  if not config.eval_every:
-    return None
-  examples = eval_set.eval_examples(
-    data.task,
-    split,
-    config.eval_examples,
-    data.input_length,
-    data.target_length,
-    seed=0,
-    changes=data.changes(vocabulary_dir),
-  )
-  return {name: getattr(examples, name) for name in ("encoder_input_tokens", "decoder_target_tokens")}
-
-
-def _student(model: models.T5Config | models.DecoderLMConfig | None, initial_checkpoint: str | None, mesh) -> _Side:
-  if initial_checkpoint:
-    return _load(initial_checkpoint, mesh)
-  if model is None:
-    raise ConfigError("nothing to train: give train.model (a configuration) or train.initial_checkpoint (a directory)")
-  return _Side(models.from_config(model))
-
-
-def _teacher(target: str | None, method: methods.Method, mesh, dtype: str | None) -> _Side | None:
-  if not method.needs_target:
-    if target:
-      raise ConfigError(
-        f"method {method.name!r} learns from the data alone, but train.target is {target!r}: choose another method, or"
-        " set train.evaluation_target to measure α against it"
-      )
-    return None
-  if not target:
-    raise ConfigError(f"method {method.name!r} needs a target to learn from: set train.target to its directory")
-  return _load(target, mesh, dtype)
-
-
-def _load(directory: str, mesh, dtype: str | None = None) -> _Side:
-  model, params = step.frozen(*weights.load_model(directory, mesh=mesh), dtype)
-  return _Side(model, params, directory)
-
-
-def _check_vocabulary_fits(vocabulary_dir: str, sides: Mapping[str, _Side | None]) -> None:
-  size = vocabularies.describe(vocabulary_dir)["vocab_size"]
-  present = {name: side.model for name, side in sides.items() if side is not None}
-  for name, model in present.items():
-    if model.vocab_size < size:
-      raise ConfigError(
-        f"the {name}'s vocab_size is {model.vocab_size} and the vocabulary {vocabulary_dir} has {size} ids: the model"
-        " needs at least as many"
-      )
-  sizes = {name: model.vocab_size for name, model in present.items()}
-  if len(set(sizes.values())) > 1:
-    listed = ", ".join(f"{name} {number}" for name, number in sizes.items())
-    raise ConfigError(f"the models' vocab_size must be the same: {listed}")
-
-
-def _check_positions(
-  data: pipeline.DataConfig, step_config: step.StepConfig, sides: Mapping[str, _Side | None]
-) -> None:
-  """Refuse texts that are longer than a model's table of positions."""
-  outputs = max(data.target_length, step_config.target_length)
-  for name, side in sides.items():
-    most = side and side.model.max_length
-    inputs = 0 if side and data.pack and side.model.packed_rows == "texts" else data.input_length
-    if most is not None and inputs + outputs > most:
-      raise ConfigError(
-        f"the {name} has {most} positions, too few for {inputs} tokens in and {outputs} out: lower"
-        " INPUT_LENGTH or TARGET_LENGTH"
-      )
-
-
-def _check_same_run(
-  directory: pathlib.Path,
+def _resumed(
+  setup: training_setup.Setup,
   data: pipeline.DataConfig,
   step_config: step.StepConfig,
-  optimizer: optimizers.OptimizerConfig,
-  teacher: _Side | None,
-) -> None:
-  """Refuse to go on with a run of another kind; what may change in between (rate, length of the run) is not looked at."""
-  kind = {
-    "method": dataclasses.asdict(step_config.method),
-    "task": data.task,
-    "optimizer": optimizer.name,
-    "target": teacher and teacher.model.describe(),
-  }
-  kind = json.loads(json.dumps(kind))
-  path = directory / _RUN
-  if path.is_file():
-    found = _read_run(path)
-    for name, value in kind.items():
-      if found.get(name) != value:
-        was, now = (_short(name, part) for part in (found.get(name), value))
-        raise ConfigError(f"{directory} holds a run with {name} {was}, this one has {now}: choose another MODEL_DIR")
-  elif jax.process_index() == 0:
-    integrity.write_atomically(path, json.dumps(kind, indent=2).encode() + b"\n")
+  loop_config: loop.TrainConfig,
+  optimizer: tuple[Any, Any],
+  checkpoints: weights.RunCheckpoints,
+) -> tuple[step.TrainState, loop.Parts]:
+  """Make the state that the run stands at, the first one where nothing is saved, and what the loop works with."""
+  student, tx = setup.student, optimizer[0]
+  restored = checkpoints.restore_latest(_placed_abstract_state(student.model, tx, setup.mesh))
+  state, saved, _ = restored or (None, None, 0)
+  parts = _parts(setup, data, step_config, loop_config, optimizer, checkpoints, saved)
+  if setup.teacher:
+    target_check.require_finite_logits(setup.teacher.model, setup.teacher.params, setup.mesh)
+  _announce(setup, data)
+  if state is None:
+    state = _first_state(student, tx, loop_config.seed, setup.mesh)
+  return state, parts
 
 
-def _read_run(path: pathlib.Path) -> dict[str, Any]:
+def _parts(
+  setup: training_setup.Setup,
+  data: pipeline.DataConfig,
+  step_config: step.StepConfig,
+  loop_config: loop.TrainConfig,
+  optimizer: tuple[Any, Any],
+  checkpoints: weights.RunCheckpoints,
+  saved: Mapping[str, Any] | None,
+) -> loop.Parts:
+  """Put together what the loop works with; `saved` is what a checkpoint has beside its state."""
+  student, teacher = setup.student.model, setup.teacher
+  tx, schedule = optimizer
+  place, remembered = loop.split_place(saved)
+  share = multihost.share_of(setup.mesh, data.batch_size)
+  held = _validation(setup, loop_config)
+  return loop.Parts(
+    step=step.compile_train_step(
+      student, teacher and teacher.model, tx, step_config, schedule=schedule, mesh=setup.mesh
+    ),
+    batches=pipeline.train_batches(
+      data,
+      setup.vocabulary_dir,
+      share.index,
+      share.count,
+      place,
+      packed_rows=student.packed_rows,
+      rows=share.rows,
+    ),
+    target_params=teacher and teacher.params,
+    checkpoints=checkpoints,
+    validation=held,
+    best=_best(setup, loop_config, held),
+    meter=costs.Meter(student, teacher and teacher.model),
+    remembered=remembered,
+    mesh=setup.mesh,
+    name=setup.directory.name,
+  )
+
+
+def _run(config: loop.TrainConfig, parts: loop.Parts, state: step.TrainState, directory: pathlib.Path):
+  log = RunLog(directory, int(state.step))
   try:
-    found = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON ({error}): it is damaged; choose another MODEL_DIR") from error
-  if not isinstance(found, dict):
-    raise ConfigError(f"{path} is not what a run writes: it should hold one object; choose another MODEL_DIR")
-  return found
-
-
-def _short(name: str, value: Any) -> str:
-  if name == "method" and value:
-    return f"{value['name']} ({value['divergence']}, {value['fixed_data_fraction']}, {value['draft_data_fraction']})"
-  return json.dumps(value)
+    return loop.train(config, parts, state, log.write)
+  finally:
+    log.close()
 
 
 def _placed_abstract_state(model: models.LanguageModel, tx, mesh) -> step.TrainState:
@@ -348,45 +207,47 @@ def _placed_abstract_state(model: models.LanguageModel, tx, mesh) -> step.TrainS
   )
 
 
-def _first_state(student: _Side, tx, seed: int, mesh) -> step.TrainState:
+def _first_state(student: training_setup.Side, tx, seed: int, mesh) -> step.TrainState:
   origin = {"params": student.params} if student.params is not None else {"rng": jax.random.key(seed)}
   return step.init_state(student.model, tx, **origin, mesh=mesh)
 
 
-def _validation(model, held_out, config: loop.TrainConfig, judge: _Side | None, mesh) -> validation.Validation | None:
-  if held_out is None:
+def _validation(setup: training_setup.Setup, config: loop.TrainConfig) -> validation.Validation | None:
+  if setup.held_out is None:
     return None
+  judge = setup.judge
   return validation.Validation(
-    model,
-    held_out,
+    setup.student.model,
+    setup.held_out,
     batch_size=config.eval_batch_size,
     target=judge and judge.model,
     target_params=judge and judge.params,
     gamma=config.eval_gamma,
     gamma_examples=config.eval_gamma_examples,
     seed=config.seed,
-    mesh=mesh,
+    mesh=setup.mesh,
   )
 
 
-def _best(directory: pathlib.Path, model, config: loop.TrainConfig, held, vocabulary_dir: str) -> best.Best | None:
+def _best(setup: training_setup.Setup, config: loop.TrainConfig, held) -> best.Best | None:
   if held is None:
     return None
   criterion = config.best_by if held.target is not None else validation.LOSS
-  return best.Best(directory, model, criterion, pathlib.Path(vocabulary_dir))
+  return best.Best(setup.directory, setup.student.model, criterion, pathlib.Path(setup.vocabulary_dir))
 
 
-def _announce(student: _Side, teacher: _Side | None, data: pipeline.DataConfig, mesh) -> None:
-  if jax.process_index():
-    return
+def _announce(setup: training_setup.Setup, data: pipeline.DataConfig) -> None:
+  student, teacher, mesh = setup.student, setup.teacher, setup.mesh
   size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(student.model.abstract_params()))
   origin = f"from {student.directory}" if student.directory else "from scratch"
   lines = [f"training {size:,} parameters {origin} on {data.task}"]
   if teacher is not None:
     lines.append(f"target {teacher.directory}")
   devices = jax.devices()
-  lines.append(f"{len(devices)} {devices[0].platform} device(s)" + (f", mesh {dict(mesh.shape)}" if mesh else ""))
-  print("; ".join(lines), flush=True)
+  processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  shape = f", mesh {dict(mesh.shape)}" if mesh else ""
+  lines.append(f"{len(devices)} {devices[0].platform} device(s){processes}{shape}")
+  multihost.say("; ".join(lines))
 
 
 @functools.wraps(train)
@@ -394,7 +255,11 @@ def _collect(**arguments) -> dict[str, Any]:
   return arguments
 
 
-define_flags = gin_binding.define_flags
+def define_flags() -> None:
+  """Define the gin flags, and those of several processes."""
+  gin_binding.define_flags()
+  cli.define_process_flags()
+
 
 # Gin binds these and nothing else.
 _arguments = gin_binding.register(_collect, name="train")

@@ -15,10 +15,10 @@ fi
 DOOR="${1:-}"
 [ $# -eq 0 ] || shift
 case "$DOOR" in
-  train | evaluate | transfer | study | generate_targets | prepare_data | convert | report) ;;
+  train | evaluate | transfer | study | generate_targets | prepare_data | convert | plan | report) ;;
   *)
     echo "error: '$DOOR' is no door: say what to start, one of train, evaluate, transfer, study, generate_targets," \
-      "prepare_data, convert, report" >&2
+      "prepare_data, convert, plan, report" >&2
     exit 2
     ;;
 esac

@@ -13,10 +13,13 @@ import distillspec_jax
 
 PACKAGE = pathlib.Path(distillspec_jax.__file__).parent
 # From the top down; rooms of one row do not import each other.
-ROWS = [{"doors"}, {"distillation"}, {"analysis"}, {"decoding"}, {"data"}, {"weights"}, {"models"}, {"parallel"}, {"ground"}]
+ROWS = [
+  {"doors"}, {"planning"}, {"distillation"}, {"analysis"}, {"decoding"}, {"data"}, {"weights"}, {"models"},
+  {"parallel"}, {"ground"},
+]  # fmt: skip
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
-CORE = {"models", "decoding", "analysis", "distillation", "weights", "parallel", "ground"}
-GROUND = {"lazy", "tokens", "types"}
+CORE = {"models", "decoding", "analysis", "distillation", "planning", "weights", "parallel", "ground"}
+GROUND = {"lazy", "process_memory", "tokens", "types"}
 OUTSIDE_CORE = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "gin", "absl", "clu", "t5x", "torch"}
 ONLY_AT_THE_DOORS = {"gin", "absl.flags", "absl.app", "clu"}
 # absl.logging is no flag and no TensorFlow: anybody may use it.

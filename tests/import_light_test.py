@@ -10,7 +10,7 @@ import sys
 import pytest
 
 HEAVY = ("tensorflow", "seqio", "gin", "clu", "absl.flags", "matplotlib", "torch", "transformers", "keras", "scipy")
-CORE = ("models", "parallel", "decoding", "analysis", "weights", "distillation")
+CORE = ("models", "parallel", "decoding", "analysis", "weights", "distillation", "planning")
 
 BLOCK = """
 import sys

@@ -53,7 +53,8 @@ def test_console_scripts_are_doors(wheel):
   archive = zipfile.ZipFile(wheel)
   name = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
   scripts = dict(line.split(" = ") for line in archive.read(name).decode().splitlines() if " = " in line)
-  expected = {"train", "evaluate", "transfer", "study", "generate-targets", "convert", "report", "prepare-data", "quickstart"}
+  expected = {"train", "evaluate", "transfer", "study", "generate-targets", "convert", "plan", "report", "prepare-data"}
+  expected.add("quickstart")
   assert set(scripts) == {f"distillspec-{name}" for name in expected}
   for target in scripts.values():
     module, function = target.split(":")

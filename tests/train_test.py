@@ -139,31 +139,63 @@ def command(directory, pair, steps):
   )  # fmt: skip
 
 
-def test_kill_9_and_the_same_command_again(pair, tmp_path):
-  """The final parameters, optimizer state and figures are bit-identical to an uninterrupted run's."""
-  steps = 30
-  process = command(tmp_path / "whole", pair, steps)
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def whole(pair, tmp_path_factory):
+  """The directory of an uninterrupted run."""
+  directory = tmp_path_factory.mktemp("uninterrupted") / "whole"
+  process = command(directory, pair, STEPS)
   assert process.wait(600) == 0, process.stderr.read()
-  process = command(tmp_path / "killed", pair, steps)
+  return directory
+
+
+def assert_same_run(found, whole):
+  """The final parameters and figures are bit-identical."""
+  for part in ("", "best"):
+    one, other = (weights.load_model(folder / part)[1] for folder in (whole, found))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+  timeless = ("tokens_per_second", "steps_per_second", "data_wait_seconds", "cost/seconds")
+  logs = [
+    [{key: value for key, value in line.items() if key not in timeless} for line in log_of(folder)]
+    for folder in (whole, found)
+  ]
+  assert logs[0] == logs[1]
+
+
+def test_kill_9_and_the_same_command_again(pair, whole, tmp_path):
+  process = command(tmp_path / "killed", pair, STEPS)
   saved = tmp_path / "killed" / "checkpoints"
   while not (saved.is_dir() and any(path.name.isdecimal() and int(path.name) >= 8 for path in saved.iterdir())):
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)
   process.wait(60)
-  assert not (saved / str(steps)).exists(), "the run was over before it was killed"
-  process = command(tmp_path / "killed", pair, steps)
+  assert not (saved / str(STEPS)).exists(), "the run was over before it was killed"
+  process = command(tmp_path / "killed", pair, STEPS)
   assert process.wait(600) == 0, process.stderr.read()
+  assert_same_run(tmp_path / "killed", whole)
 
-  for part in ("", "best"):
-    whole, killed = (weights.load_model(tmp_path / name / part)[1] for name in ("whole", "killed"))
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True))
-  timeless = ("tokens_per_second", "steps_per_second", "data_wait_seconds", "cost/seconds")
-  logs = [
-    [{key: value for key, value in line.items() if key not in timeless} for line in log_of(tmp_path / name)]
-    for name in ("whole", "killed")
-  ]
-  assert logs[0] == logs[1]
+
+MOMENTS = ["step 8/", *(pytest.param(text, marks=pytest.mark.slow) for text in ("compiling", "decoding", "step 3: "))]
+
+
+@pytest.mark.parametrize("said", MOMENTS)
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(pair, whole, tmp_path, said):
+  process = command(tmp_path / "told", pair, STEPS)
+  heard = ""
+  while said not in heard:
+    line = process.stderr.readline()
+    assert line, heard
+    heard += line
+  process.send_signal(signal.SIGTERM)
+  _, rest = process.communicate(timeout=120)
+  assert process.returncode == 0, heard + rest
+  assert "told to stop" in rest and "Traceback" not in rest
+  process = command(tmp_path / "told", pair, STEPS)
+  assert process.wait(600) == 0, process.stderr.read()
+  assert_same_run(tmp_path / "told", whole)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax.models.language_model import LanguageModel
+from distillspec_jax.parallel import multihost
 from distillspec_jax.types import ConfigError, Params
 
 _LOOP_MS = 60.0  # how long one timed loop should take: far above the clock's and the scheduler's noise
@@ -166,6 +167,7 @@ def _calibrate(loop: Callable[[int], jax.Array]) -> int:
     begin = time.perf_counter()
     jax.block_until_ready(loop(count))
     elapsed = (time.perf_counter() - begin) * 1e3
+    elapsed = multihost.from_first("the time of a loop", lambda elapsed=elapsed: elapsed)  # all must count the same
     if elapsed >= _LOOP_MS / 4:
       return max(2, int(np.ceil(count * _LOOP_MS / elapsed)))
     count *= 4

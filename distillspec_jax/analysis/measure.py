@@ -5,6 +5,7 @@ No vocabulary and no task is needed here, so this runs on a bare accelerator mac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,6 +21,7 @@ from distillspec_jax.analysis.costs import MAX_GAMMA, Costs, Pair, measure_costs
 from distillspec_jax.analysis.decoding_summary import DecodingSummary
 from distillspec_jax.decoding import autoregressive, requests, speculative, verification
 from distillspec_jax.decoding.sampling import SamplingConfig
+from distillspec_jax.parallel import multihost
 from distillspec_jax.types import ConfigError
 
 Track = Callable[[Iterable, str], Iterable]  # wraps an iterable to show its progress under a label
@@ -178,7 +180,7 @@ def decode_speculatively(pair: Pair, prompts, config: MeasureConfig, track: Trac
   """Decode every prompt with both models, and sum up the blocks."""
   parts, summary = [], None
   for batch in track(list(_batches(prompts, config.decode_batch_size or config.batch_size)), "speculative decoding"):
-    generation = jax.device_get(_speculate(pair, batch, config))
+    generation = multihost.fetch(_speculate(pair, batch, config))
     parts.append(_rows(generation, batch))
     of_batch = DecodingSummary.from_generation(generation, batch.active)
     summary = of_batch if summary is None else summary.merge(of_batch)
@@ -194,7 +196,7 @@ def acceptance_by_prompt(pair: Pair, prompts, plain: Rows, config: MeasureConfig
     batch = acceptance.teacher_forced_batch(prompt.values, tokens.values, lengths.values)
     models = (pair.target, pair.target_params, pair.draft, pair.draft_params)
     columns = acceptance.acceptance_rate(*models, batch, **config.sampling)
-    parts.append(np.stack(jax.device_get(columns), axis=1)[prompt.active])
+    parts.append(np.stack(multihost.fetch(columns), axis=1)[prompt.active])
   return np.concatenate(parts)
 
 
@@ -212,7 +214,7 @@ def log_likelihoods(pair: Pair, prompts: np.ndarray, targets: np.ndarray, batch_
     batch = acceptance.teacher_forced_batch(prompt.values, tokens.values)
     models = ((pair.target, pair.target_params), (pair.draft, pair.draft_params))
     columns = [acceptance.log_likelihood(model, params, batch) for model, params in models]
-    parts.append(np.stack(jax.device_get(columns), axis=1)[prompt.active])
+    parts.append(np.stack(multihost.fetch(columns), axis=1)[prompt.active])
   return np.concatenate(parts).astype(np.float64)
 
 
@@ -275,7 +277,7 @@ def profile(pair: Pair, prompts: np.ndarray, config: MeasureConfig, directory: s
   batch = next(_batches(np.asarray(prompts, np.int32), config.batch_size))
   for way in (_generate, _speculate):
     jax.block_until_ready(way(pair, batch, config))
-  with jax.profiler.trace(directory):
+  with jax.profiler.trace(directory) if multihost.is_first() else contextlib.nullcontext():
     for name, way in (("plain", _generate), ("speculative", _speculate)):
       with jax.profiler.TraceAnnotation(name):
         jax.block_until_ready(way(pair, batch, config))
@@ -338,6 +340,7 @@ def _speculate(pair: Pair, batch: _Batch, config: MeasureConfig):
 
 
 def _rows(generation, batch: _Batch) -> Rows:
+  generation = multihost.fetch(generation)
   take = lambda name: np.asarray(getattr(generation, name))[batch.active]
   origins = None if getattr(generation, "origins", None) is None else take("origins").astype(np.int8)
   return Rows(take("tokens"), take("lengths"), origins, take("blocks"), take("accepted"))

@@ -48,6 +48,9 @@ class DataConfig:
     train_on_evaluation_data: allows tasks that are for evaluation only.
     pack: whether a row holds the next examples of its task, as many as fit, so that less of it is padding. A mixture's
       rates are then of rows. For methods that learn from the data alone.
+    host_shards: with several hosts, whether each reads its shard of the examples only. False: each goes through the
+      whole order and keeps its rows of every batch, so that batches, and places in checkpoints, are those of one host
+      with however many. True reads less; which examples share a batch then depends on the number of hosts.
   """
 
   task: str
@@ -63,6 +66,7 @@ class DataConfig:
   cache_dir: str | None = None
   train_on_evaluation_data: bool = False
   pack: bool = False
+  host_shards: bool = False
 
   def __post_init__(self):
     for name in ("batch_size", "input_length", "target_length"):
@@ -89,15 +93,16 @@ class DataConfig:
 class BatchIterator(Iterator[Arrays]):
   """An endless iterator of one host's batches, with a place that can be kept and returned to."""
 
-  def __init__(self, mixer: streams.Mixer, identity: Mapping[str, Any]):
-    self._mixer = mixer
+  def __init__(self, mixer: streams.Mixer, identity: Mapping[str, Any], rows: np.ndarray | None = None):
+    self._mixer, self._rows = mixer, rows
     self._identity = dict(identity)
 
   def __next__(self) -> Arrays:
-    return self._mixer.next_batch()
+    batch = self._mixer.next_batch()
+    return batch if self._rows is None else {name: value[self._rows] for name, value in batch.items()}
 
   def state(self) -> dict[str, Any]:
-    """Return the place before the next batch, JSON-able; any host's place serves every host of the same count."""
+    """Return the place before the next batch, JSON-able; any host's place serves every host (see `host_shards`)."""
     return {**self._identity, **self._mixer.state()}
 
 
@@ -108,6 +113,7 @@ def train_batches(
   host_count: int = 1,
   place: Mapping[str, Any] | None = None,
   packed_rows: str | None = "pairs",
+  rows: np.ndarray | None = None,
 ) -> BatchIterator:
   """Return an endless iterator of batches, the same for the same arguments.
 
@@ -117,11 +123,12 @@ def train_batches(
   Args:
     config: what to train on.
     vocabulary_dir: a vocabulary folder to use in place of the task's own vocabulary.
-    host_index, host_count: this host and how many share the batches; each takes its shard of the examples.
-    place: a `state()` to go on from; costs at most going through one epoch of each task (packed, and saved by another
-      host: through all epochs up to it).
+    host_index, host_count: this host and how many share the batches.
+    place: a `state()` to go on from; costs at most going through one epoch of each task (with `config.host_shards`,
+      packed, and saved by another host: through all epochs up to it).
     packed_rows: with `config.pack`, what the model reads (`LanguageModel.packed_rows`): "pairs", each with inputs, or
       "texts", of a task whose inputs are all empty.
+    rows: which rows of each batch are this host's; by default the host_index-th part. Not with `config.host_shards`.
 
   Returns:
     Iterator of dicts, b = batch_size / host_count: encoder_input_tokens [b, S], decoder_target_tokens,
@@ -141,30 +148,36 @@ def train_batches(
     raise ConfigError(f"batch_size {config.batch_size} cannot be divided among {host_count} hosts: choose a multiple")
   if not config.train_on_evaluation_data:
     refuse_training(config.task)
+  first = host_index == 0
   tasks = find_tasks(config.task, config.split, config.changes(vocabulary_dir))
   settings = dataclasses.asdict(config)
   for name in ("data_dir", "cache_dir", "vocabulary", "train_on_evaluation_data"):  # where things lie may change
     del settings[name]
+  own = config.batch_size // host_count
+  if host_count > 1 and not config.host_shards:
+    rows = np.arange(host_index * own, (host_index + 1) * own) if rows is None else rows
+    host_index, host_count, own = 0, 1, config.batch_size  # of the reading
+  else:
+    rows = None
   identity = {"version": 1, **settings, "host_count": host_count}
   _check_place(place, identity)
   shard = seqio.ShardInfo(index=host_index, num_shards=host_count)
-  rows = config.batch_size // host_count
   seed = config.seed if config.shuffle else None
   readers = {
-    name: streams.Epochs(task, config.split, config.lengths, seed, shard, rows, packed_rows if config.pack else None)
+    name: streams.Epochs(task, config.split, config.lengths, seed, shard, own, packed_rows if config.pack else None)
     for name, (task, _) in tasks.items()
   }
   rates = {name: rate for name, (_, rate) in tasks.items()}
-  mixer = streams.Mixer(readers, rates, rows, config.seed, host_index, packed=config.pack)
+  mixer = streams.Mixer(readers, rates, own, config.seed, host_index, packed=config.pack)
   if place is not None:
     mixer.restore(place)
-  elif host_index == 0:
+  elif first:
     for name, (task, _) in tasks.items():
       _log_cut(name, task, config)
   if config.pack and place is None:
     for reader in readers.values():
       reader.look_ahead()
-  return BatchIterator(mixer, identity)
+  return BatchIterator(mixer, identity, rows)
 
 
 def write_tokens(

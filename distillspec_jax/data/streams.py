@@ -63,7 +63,7 @@ def packed_features(dataset: tf.data.Dataset, lengths: Mapping[str, int]) -> tf.
 
 
 class Epochs:
-  """One host's share of a task's rows, epoch after epoch, from any place.
+  """A task's rows, or one host's shard of them, epoch after epoch, from any place.
 
   With `packed_rows` rows are packed and looked through: each example of "pairs" must have inputs, none of "texts" may,
   and rows of "texts" have no features of an encoder.

@@ -107,7 +107,8 @@ def allowed(logits: jax.Array, config: SamplingConfig, position: jax.Array | Non
   """
   if config.min_length and position is None:
     raise ValueError("min_length acts by position: it must be given")
-  logits = logits.astype(jnp.float32)
+  # A replicated model's logits are then whole on every device, so that drawing from them sends nothing.
+  logits = constrain_vocabulary(logits.astype(jnp.float32))
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   if config.valid_ids and config.valid_ids < logits.shape[-1]:
     logits = jnp.where(ids < config.valid_ids, logits, -jnp.inf)

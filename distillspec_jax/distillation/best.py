@@ -8,10 +8,9 @@ import pathlib
 import shutil
 from collections.abc import Mapping
 
-import jax
-
 from distillspec_jax.distillation import validation
 from distillspec_jax.models.language_model import LanguageModel
+from distillspec_jax.parallel import multihost
 from distillspec_jax.types import ConfigError, Params
 from distillspec_jax.weights import checkpoints
 
@@ -57,24 +56,24 @@ class Best:
     self.criterion = criterion
     self._model, self._vocabulary_dir = model, vocabulary_dir
     self._new, self._old = (self.directory.with_name(f"best.{end}") for end in ("new", "old"))
-    if jax.process_index() == 0:
+    if multihost.is_first():
       self._recover()
-    _all_hosts_here("best opened")
-    self.record = self._read()
+    multihost.barrier("the best model opened")
+    self.record = multihost.from_first("the best model's figures", self._read)
 
   def offer(self, step: int, params: Params, figures: Mapping[str, float]) -> bool:
     """Keep these parameters if they are strictly better than the kept ones; say whether they were."""
     if not self._better(figures):
       return False
-    if jax.process_index() == 0:
+    if multihost.is_first():
       shutil.rmtree(self._new, ignore_errors=True)
-    _all_hosts_here("best emptied")
+    multihost.barrier("the best model emptied")
     checkpoints.save_model(self._new, self._model, params, self._vocabulary_dir, step=step)
     self.record = {"step": step, "criterion": self.criterion, **figures}
-    if jax.process_index() == 0:
+    if multihost.is_first():
       (self._new / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
       self._exchange()
-    _all_hosts_here("best kept")
+    multihost.barrier("the best model kept")
     return True
 
   def _better(self, figures: Mapping[str, float]) -> bool:
@@ -102,10 +101,3 @@ class Best:
       return json.loads(path.read_bytes())
     except ValueError as error:
       raise ConfigError(f"{path} is not JSON ({error}): it is damaged; move {self.directory} away to go on") from error
-
-
-def _all_hosts_here(name: str) -> None:
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils  # noqa: PLC0415
-
-    multihost_utils.sync_global_devices(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -101,6 +102,22 @@ class Figures:
       scalars |= self._meter.scalars()
     self._begin()
     return scalars
+
+  def state(self) -> dict[str, Any]:
+    """Give what was fetched of the interval that has begun, in JSON's terms."""
+    return {
+      "totals": dict(self._totals),
+      "learning_rate": self._learning_rate,
+      "steps": self._steps,
+      "seconds": self._seconds,
+      "data_seconds": self._data_seconds,
+    }
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Go on with the interval that `state` gave."""
+    self._totals.update(state["totals"])
+    self._learning_rate, self._steps = state["learning_rate"], state["steps"]
+    self._seconds, self._data_seconds = state["seconds"], state["data_seconds"]
 
   def _begin(self) -> None:
     self._totals: dict[str, float] = collections.defaultdict(float)

@@ -3,7 +3,8 @@
 Steps are dispatched without waiting; batches are all that goes to the devices, and figures are fetched at log
 intervals only. A checkpoint holds the place in the data and what the loop itself remembers, and a step's draws depend
 on the seed and its number alone, so a run that is killed and called again goes on bit for bit as if nothing had
-happened.
+happened. One that is told to stop saves first, between two steps; a validation that was due then is made when the run
+goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distillspec_jax import process_memory
 from distillspec_jax.distillation.best import Best, check_criterion
 from distillspec_jax.distillation.costs import Meter
 from distillspec_jax.distillation.figures import BrokenTarget, Figures, NonFinite
@@ -25,7 +27,8 @@ from distillspec_jax.distillation.progress import Progress
 from distillspec_jax.distillation.step import TrainState, TrainStep, run_key
 from distillspec_jax.distillation.stopping import Patience
 from distillspec_jax.distillation.validation import LOSS, Validation
-from distillspec_jax.parallel import partitioning
+from distillspec_jax.parallel import multihost, partitioning
+from distillspec_jax.parallel.preemption import Notice, Preempted
 from distillspec_jax.types import ConfigError, Params
 from distillspec_jax.weights.checkpoints import RunCheckpoints
 
@@ -111,6 +114,7 @@ class Parts:
     best: keeps the best parameters, or None.
     meter: adds up what the run costs, or None.
     remembered: what `split_place` found in the checkpoint that the run goes on from.
+    notice: says when to stop before the end, or None.
     mesh: the devices' mesh, or None.
     name: stands before every line of progress.
   """
@@ -123,6 +127,7 @@ class Parts:
   best: Best | None = None
   meter: Meter | None = None
   remembered: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  notice: Notice | None = None
   mesh: jax.sharding.Mesh | None = None
   name: str = "train"
 
@@ -152,38 +157,18 @@ def train(
     NonFiniteLoss: a loss, gradient, parameter or the target's logits are NaN or infinite; the last good checkpoint
       stays the last.
     ConfigError: the data came to an end, or the target's parameters are not finite.
+    Preempted: `parts.notice` said to stop; what had been done is saved.
   """
   if parts.target_params is not None and not bool(_all_finite(parts.target_params)):
     raise ConfigError("the target's parameters hold NaN or infinity: take another checkpoint of it")
   done, key = int(state.step), run_key(config.seed, parts.mesh)
-  progress = Progress(config.steps, done, parts.name, quiet=jax.process_index() != 0)
-  figures, patience = _recalled(config, parts)
+  run = _Run(config, parts, done, write_scalars)
   try:
-    if done >= config.steps or patience.exhausted:
-      stopped = "" if done >= config.steps else f" and the run stopped early: no better {patience.criterion}"
-      progress.say(f"step {done} of {config.steps} is done already{stopped}")
+    if run.is_over() or run.begin(state):
       return state
-    if done == 0:
-      _validate(config, parts, state, 0, progress, write_scalars, patience)
-    figures.restart_clock()
     for index in range(done, config.steps):
-      state = _one_step(parts, state, key, index, index == done, figures, progress)
-      step, last = index + 1, index + 1 == config.steps
-      logged = last or step % config.log_every == 0
-      if logged:
-        _log(figures, step, progress, write_scalars)
-      if _due(config.eval_every, step, last):
-        figures.fetch()
-        _validate(config, parts, state, step, progress, write_scalars, patience)
-        figures.restart_clock()
-      if patience.exhausted and not logged:
-        _log(figures, step, progress, write_scalars)
-      if _due(config.checkpoint_every, step, last or patience.exhausted):
-        figures.fetch()
-        _save(parts, state, step, patience)
-        figures.restart_clock()
-      if patience.exhausted:
-        progress.say(f"stopped at step {step}: {patience.since} validations without a better {patience.criterion}")
+      state = run.one_step(state, key, index)
+      if run.between(state, index + 1):
         break
     return state
   except BrokenTarget as found:
@@ -191,70 +176,147 @@ def train(
   except NonFinite as found:
     raise NonFiniteLoss(_diverged(str(found), parts.checkpoints)) from None
   finally:
-    progress.close()
+    run.close()
 
 
-def _recalled(config: TrainConfig, parts: Parts) -> tuple[Figures, Patience]:
-  """Make what the loop remembers between checkpoints, and let it go on from where it stood."""
-  with_target = parts.validation is not None and parts.validation.target is not None
-  patience = Patience(config.best_by if with_target else LOSS, 0 if parts.validation is None else config.stop_after)
-  patience.restore(parts.remembered.get("patience", {}))
-  if parts.meter is not None:
-    parts.meter.restore(parts.remembered.get("cost", {}))
-  return Figures(parts.meter), patience
+class _Run:
+  """One call of `train`: what it remembers from step to step, and what it does between them."""
 
+  def __init__(self, config: TrainConfig, parts: Parts, done: int, write: WriteScalars):
+    """Recall what a checkpoint remembers of the run."""
+    self._config, self._parts, self._done, self._write = config, parts, done, write
+    self._progress = Progress(config.steps, done, parts.name, quiet=not multihost.is_first())
+    with_target = parts.validation is not None and parts.validation.target is not None
+    self._patience = Patience(
+        config.best_by if with_target else LOSS, 0 if parts.validation is None else config.stop_after
+    )
+    self._patience.restore(parts.remembered.get("patience", {}))
+    if parts.meter is not None:
+      parts.meter.restore(parts.remembered.get("cost", {}))
+    self._figures = Figures(parts.meter)
+    if "figures" in parts.remembered:
+      self._figures.restore(parts.remembered["figures"])
+    self._validated = parts.remembered.get("validated", done or None)  # the step of the last validation
 
-def _log(figures: Figures, step: int, progress: Progress, write: WriteScalars) -> None:
-  scalars = figures.collect()
-  write(step, scalars)
-  progress.show(step, scalars)
+  def is_over(self) -> bool:
+    """Say whether, and tell the user that, nothing is left to do."""
+    config, done, patience = self._config, self._done, self._patience
+    if done < config.steps and not patience.exhausted:
+      return False
+    stopped = "" if done >= config.steps else f" and the run stopped early: no better {patience.criterion}"
+    self._progress.say(f"step {done} of {config.steps} is done already{stopped}")
+    return True
 
+  def begin(self, state: TrainState) -> bool:
+    """Do what is due before the first step of this call; say whether the run is over."""
+    self._stop_if_told(state, self._done)
+    if self._validated != self._done and (self._done == 0 or _due(self._config.eval_every, self._done, False)):
+      self._validate(state, self._done)
+    self._figures.restart_clock()
+    stopped = self._is_stopped(self._done)
+    if stopped and self._done % self._config.log_every:
+      self._log(self._done)
+    return stopped
 
-def _one_step(parts: Parts, state, key, index: int, first: bool, figures: Figures, progress: Progress):
-  """Take a batch and dispatch one step; the first one is waited for, because it compiles."""
-  began = time.monotonic()
-  try:
-    batch = next(parts.batches)
-  except StopIteration:
-    raise ConfigError(f"the training data came to an end at step {index}: does its iterator repeat?") from None
-  waited = time.monotonic() - began
-  placed = partitioning.put_batch(batch, parts.mesh)
-  if first:
-    progress.say("compiling the training step ...")
-  state, metrics = parts.step(state, parts.target_params, placed, key)
-  if first:
-    jax.block_until_ready(metrics)
-    progress.say(f"compiled; first step after {time.monotonic() - began:.1f} s")
-    figures.restart_clock()
-  figures.add(index + 1, metrics, waited)
-  progress.advance()
-  return state
+  def one_step(self, state: TrainState, key: jax.Array, index: int) -> TrainState:
+    """Take a batch and dispatch one step; the first one is waited for, because it compiles."""
+    parts, first, began = self._parts, index == self._done, time.monotonic()
+    try:
+      batch = next(parts.batches)
+    except StopIteration:
+      raise ConfigError(f"the training data came to an end at step {index}: does its iterator repeat?") from None
+    waited = time.monotonic() - began
+    placed = partitioning.put_batch(batch, parts.mesh)
+    if first:
+      self._progress.say("compiling the training step ...")
+    state, metrics = multihost.settled(parts.step(state, parts.target_params, placed, key))
+    if first:
+      jax.block_until_ready(metrics)
+      process_memory.return_freed()
+      self._progress.say(f"compiled; first step after {time.monotonic() - began:.1f} s")
+      self._figures.restart_clock()
+    self._figures.add(index + 1, metrics, waited)
+    self._progress.advance()
+    return state
 
+  def between(self, state: TrainState, step: int) -> bool:
+    """Do what is due after a step; say whether the run is over."""
+    config, last = self._config, step == self._config.steps
+    logged = last or step % config.log_every == 0
+    if logged:
+      self._log(step)
+    if not last:
+      self._stop_if_told(state, step)
+    if _due(config.eval_every, step, last):
+      self._figures.fetch()
+      self._validate(state, step)
+      self._figures.restart_clock()
+    stopped = self._is_stopped(step)
+    if stopped and not logged:
+      self._log(step)
+    if _due(config.checkpoint_every, step, last or stopped):
+      self._save(state, step)
+    return stopped
 
-def _validate(
-    config: TrainConfig, parts: Parts, state: TrainState, step: int, progress: Progress, write, patience: Patience
-) -> None:
-  """Measure the held-out figures, report them, offer the parameters to `best`."""
-  if parts.validation is None or not config.eval_every:
-    return
-  if not parts.validation.ready:
-    progress.say("decoding the target's outputs on held-out prompts ...")
-  params = averaged(state.opt_state, state.params)
-  measured = parts.validation.measure(params)
-  write(step, measured)
-  patience.see(measured)
-  kept = parts.best is not None and parts.best.offer(step, params, measured)
-  text = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
-  progress.say(f"validation at step {step}: {text}{'  (best so far)' if kept else ''}")
+  def close(self) -> None:
+    """Leave the bar as it stands, and wait for the checkpoint that is being written."""
+    self._progress.close()
+    if self._parts.checkpoints is not None:
+      self._parts.checkpoints.wait()
 
+  def _is_stopped(self, step: int) -> bool:
+    patience = self._patience
+    if patience.exhausted:
+      self._progress.say(f"stopped at step {step}: {patience.since} validations without a better {patience.criterion}")
+    return patience.exhausted
 
-def _save(parts: Parts, state: TrainState, step: int, patience: Patience) -> None:
-  if parts.checkpoints is None:
-    return
-  if not bool(_all_finite(state.params)):
-    raise NonFinite(f"a parameter is NaN or infinite at step {step}")
-  remembered = {"patience": patience.state(), "cost": {} if parts.meter is None else parts.meter.state()}
-  parts.checkpoints.save(step, state, {**parts.batches.state(), _REMEMBERED: remembered})
+  def _stop_if_told(self, state: TrainState, step: int) -> None:
+    """Save and leave where the notice has come; a validation that is due now would keep the machine too long."""
+    if self._parts.notice is None or not self._parts.notice.reached():
+      return
+    if step > self._done:
+      self._save(state, step)
+    if not step:
+      raise Preempted("told to stop before the first step: the same command begins again")
+    raise Preempted(
+        f"told to stop: step {step} of {self._config.steps} is saved, and the same command goes on from there"
+    )
+
+  def _log(self, step: int) -> None:
+    scalars = self._figures.collect()
+    self._write(step, scalars)
+    self._progress.show(step, scalars)
+
+  def _validate(self, state: TrainState, step: int) -> None:
+    """Measure the held-out figures, report them, offer the parameters to `best`."""
+    parts, self._validated = self._parts, step
+    if parts.validation is None or not self._config.eval_every:
+      return
+    if not parts.validation.ready:
+      self._progress.say("decoding the target's outputs on held-out prompts ...")
+    params = averaged(state.opt_state, state.params)
+    measured = parts.validation.measure(params)
+    self._write(step, measured)
+    self._patience.see(measured)
+    kept = parts.best is not None and parts.best.offer(step, params, measured)
+    text = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+    self._progress.say(f"validation at step {step}: {text}{'  (best so far)' if kept else ''}")
+
+  def _save(self, state: TrainState, step: int) -> None:
+    """Hand the state over to be written; files are written while the run goes on."""
+    parts = self._parts
+    self._figures.fetch()
+    if parts.checkpoints is not None:
+      if not bool(_all_finite(state.params)):
+        raise NonFinite(f"a parameter is NaN or infinite at step {step}")
+      remembered = {
+          "patience": self._patience.state(),
+          "cost": {} if parts.meter is None else parts.meter.state(),
+          "figures": self._figures.state(),
+          "validated": self._validated,
+      }
+      parts.checkpoints.save(step, state, {**parts.batches.state(), _REMEMBERED: remembered}, wait=False)
+    self._figures.restart_clock()
 
 
 @jax.jit

@@ -188,7 +188,7 @@ def compile_train_step(
       donate_argnums=0,
       in_shardings=(state, target, batch, replicated),
       out_shardings=(state, replicated),
-      compiler_options=compiler_options(config),
+      compiler_options=compiler_options(config, mesh),
   )
 
   return _OnMesh(jitted, mesh)
@@ -214,9 +214,10 @@ class _OnMesh:
       return function(state, target_params, batch, key)
 
 
-def compiler_options(config: StepConfig) -> dict[str, str] | None:
+def compiler_options(config: StepConfig, mesh: jax.sharding.Mesh | None = None) -> dict[str, str] | None:
   """Give what XLA must be told so that a step is compiled as configured; None is nothing."""
-  return dict(_KEEP_BARRIERS) if config.remat and jax.default_backend() == "cpu" else None
+  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  return dict(_KEEP_BARRIERS) if config.remat and platform == "cpu" else None
 
 
 def check_packing(method: Method, student, teacher=None) -> None:

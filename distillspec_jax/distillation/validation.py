@@ -19,7 +19,7 @@ from distillspec_jax.analysis import acceptance
 from distillspec_jax.decoding import autoregressive, speculative
 from distillspec_jax.distillation import divergences, losses
 from distillspec_jax.models.language_model import LanguageModel
-from distillspec_jax.parallel import partitioning
+from distillspec_jax.parallel import multihost, partitioning
 from distillspec_jax.types import Batch, ConfigError, Params
 
 TEMPERATURES = {"alpha_t0": 0.0, "alpha_t1": 1.0}
@@ -80,7 +80,6 @@ class Validation:
       speculative.check_pair(target, student)
     self._gamma, self._gamma_examples = gamma, gamma_examples
     ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    ways = int(np.lcm(ways, jax.process_count()))
     self._batch_size = -(-min(batch_size, len(self._prompts)) // ways) * ways
     self._outputs: dict[str, list[Batch]] = {}
 
@@ -109,11 +108,13 @@ class Validation:
     """
     self.prepare()
     with self._on_mesh():
-      sums = {LOSS: [_loss(self.student, params, batch) for batch in map(_scored, self._batches())]}
+      settled = multihost.settled
+      sums = {LOSS: [settled(_loss(self.student, params, batch)) for batch in map(_scored, self._batches())]}
       for name, batches in self._outputs.items():
         pair = (self.target, self._target_params, self.student, params)
         sums[name] = [
-            _totals(*acceptance.acceptance_rate(*pair, batch, temperature=TEMPERATURES[name])) for batch in batches
+            settled(_totals(*acceptance.acceptance_rate(*pair, batch, temperature=TEMPERATURES[name])))
+            for batch in batches
         ]
       if self.target is not None and self._gamma:
         for name, temperature in BLOCK_EFFICIENCY.items():
@@ -132,6 +133,7 @@ class Validation:
         row_ids=batch["row_ids"],
         active=batch["active"],
     )
+    generation = multihost.settled(generation)
     scored = acceptance.teacher_forced_batch(batch["encoder_input_tokens"], generation.tokens, generation.lengths)
     return {**scored, "decoder_loss_weights": scored["decoder_loss_weights"] * batch["active"][:, None]}
 
@@ -150,14 +152,14 @@ class Validation:
         row_ids=batch["row_ids"],
         active=batch["active"],
     )
-    return _totals(generation.lengths, generation.blocks)
+    return multihost.settled(_totals(generation.lengths, generation.blocks))
 
   def _batches(self, most: int | None = None) -> Iterator[Batch]:
     """Yield this host's rows of each batch, on the mesh; the last one is filled up with rows that do not count."""
     count = min(most or len(self._prompts), len(self._prompts))
-    hosts, host = jax.process_count(), jax.process_index()
+    own = multihost.share_of(self._mesh, self._batch_size).rows
     for first in range(0, count, self._batch_size):
-      ids = np.arange(first, first + self._batch_size, dtype=np.int32)[host::hosts]
+      ids = np.arange(first, first + self._batch_size, dtype=np.int32)[own]
       rows = np.minimum(ids, count - 1)
       batch = {
           "encoder_input_tokens": self._prompts[rows],

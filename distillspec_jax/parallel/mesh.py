@@ -114,7 +114,9 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
   if math.prod(dcn) > 1:
     return Mesh(_hybrid(devices, shape, dcn, marked=slices > 1), AXES, axis_types=auto)
   if len(devices) == jax.device_count():
-    return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)  # knows the hardware's topology
+    # Knows the hardware's topology; an axis may take part of one of its axes: 8x8 of a 4x4x4 torus.
+    laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, AXES, axis_types=auto)
   return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)
 
 

@@ -8,29 +8,30 @@ A native MODEL_DIR holds
                           JSON), MANIFEST.json (sizes and checksums)
 
 A checkpoint appears under its final name only when it is complete. Nothing that was saved is deleted except by
-`keep`: a damaged checkpoint is moved aside to `<step>.damaged`.
+`keep`: a damaged checkpoint is moved aside to `<step>.damaged`. With several processes each writes and reads its own
+parts of the arrays, in a folder that all see; process 0 does everything else.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
-import sys
 import uuid
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
-from etils import epath
 
 from distillspec_jax import models
+from distillspec_jax.parallel import multihost
 from distillspec_jax.types import ConfigError, Params
+from distillspec_jax.weights import checkpoint_folder as folders
 from distillspec_jax.weights import integrity, strict_json, trees, vocabulary_files
 
 DESCRIPTION = "model.json"
 CHECKPOINTS = "checkpoints"
-_STATE, _DATA = "state", "data"
+_opened = itertools.count()  # the same on every host, which open the same folders in the same order
 
 
 def ensure_writable(directory: str | pathlib.Path) -> pathlib.Path:
@@ -41,7 +42,7 @@ def ensure_writable(directory: str | pathlib.Path) -> pathlib.Path:
   """
   if not str(directory):
     raise ConfigError("the output folder has no name: give one ('.' is the current folder)")
-  directory = pathlib.Path(directory).expanduser().absolute()
+  directory = integrity.user_path(directory).absolute()
   probe = directory / f".writable-{uuid.uuid4().hex}"
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,17 +71,22 @@ class RunCheckpoints:
       raise ConfigError(f"keep={keep}: at least 1 checkpoint must be kept (None keeps all)")
     self.directory = ensure_writable(pathlib.Path(directory) / CHECKPOINTS)
     self._known: set[int] = set()  # steps that this run wrote or went on from
+    self._writing: folders.Writing | None = None
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
+      max_to_keep=keep,
+      create=False,
+      cleanup_tmp_directories=True,
+      multiprocessing_options=folders.processes(f"checkpoints{next(_opened)}"),
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    self._manager = _Manager(self.directory, options=options)
 
   def steps(self) -> list[int]:
-    """List the steps of the checkpoints that stand complete, damaged or not, ascending."""
-    return steps_of(self.directory)
+    """List the steps of the checkpoints that stand complete, damaged or not, ascending; waits for one being written."""
+    self.wait()
+    return folders.steps_of(self.directory)
 
-  def save(self, step: int, state: Any, data_state: dict) -> None:
-    """Write one checkpoint and its manifest; returns when both are on disk.
+  def save(self, step: int, state: Any, data_state: dict, wait: bool = True) -> None:
+    """Write one checkpoint and its manifest.
 
     Saving a step again that this run has saved already does nothing.
 
@@ -88,12 +94,15 @@ class RunCheckpoints:
       step: the step the state stands after.
       state: any pytree of arrays, with `params` at its top.
       data_state: the place in the data, JSON.
+      wait: whether to return when all is on disk. Else when the state may be changed or donated: files are written
+        meanwhile, and what goes wrong with them is raised by the next `save`, `steps`, `wait` or `close`.
 
     Raises:
       ConfigError: the folder holds a checkpoint of this or a later step that this run did not write.
     """
     step = int(step)
-    existing = self.steps()
+    existing = multihost.from_first("the steps saved", self.steps)
+    self.wait()
     if step in self._known and step in existing:
       return
     if existing and existing[-1] >= step:
@@ -101,14 +110,29 @@ class RunCheckpoints:
         f"{self.directory} holds a checkpoint of step {existing[-1]} already, so step {step} cannot be saved there: "
         "resume from it or choose another MODEL_DIR"
       )
-    items = {_STATE: ocp.args.PyTreeSave(state), _DATA: ocp.args.JsonSave(json.loads(json.dumps(data_state)))}
+    place = json.loads(json.dumps(data_state))
+    items = {folders.STATE: ocp.args.PyTreeSave(state), folders.DATA: ocp.args.JsonSave(place)}
     if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
       raise RuntimeError(f"Orbax declined to save step {step} to {self.directory}")
-    self._manager.wait_until_finished()
-    if jax.process_index() == 0:
-      integrity.write_manifest(self.directory / str(step))
-    _all_hosts_here(f"saved {step}")
     self._known.add(step)
+    self._writing = folders.Writing(lambda: self._finish(step))
+    if wait:
+      self.wait()
+
+  def wait(self) -> None:
+    """Return when what is being written stands on disk, its manifest too.
+
+    Raises:
+      Exception: whatever kept it from being written, such as a full disk.
+    """
+    writing, self._writing = self._writing, None
+    if writing is not None:
+      writing.result()
+
+  def _finish(self, step: int) -> None:
+    self._manager.wait_until_finished()
+    if multihost.is_first():
+      integrity.write_manifest(self.directory / str(step))
 
   def restore_latest(self, abstract_state: Any) -> tuple[Any, dict, int] | None:
     """Restore the newest checkpoint that is whole.
@@ -127,9 +151,10 @@ class RunCheckpoints:
       ConfigError: every checkpoint is damaged (all stay where they are), or the newest whole one is of another model.
     """
     damaged: dict[int, str] = {}
-    for step in reversed(self.steps()):
+    for step in reversed(multihost.from_first("the steps saved", self.steps)):
       folder = self.directory / str(step)
-      found = _guarded(folder, lambda folder=folder: (_restore_state(folder, abstract_state), _read_data(folder)))
+      read = lambda folder=folder: (folders.restore_state(folder, abstract_state), folders.read_data(folder))
+      found = folders.guarded(folder, read)
       if isinstance(found, str):
         damaged[step] = found
         continue
@@ -141,22 +166,33 @@ class RunCheckpoints:
     return None
 
   def close(self) -> None:
-    """Release Orbax's threads."""
-    self._manager.close()
+    """Wait for what is being written, and release Orbax's threads."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
   def _set_aside(self, damaged: dict[int, str], used: int) -> None:
     for step, problem in damaged.items():
       folder = self.directory / str(step)
-      aside = _free_name(self.directory / f"{step}.damaged")
-      if jax.process_index() == 0:
+      aside = folders.free_name(self.directory / f"{step}.damaged")
+      if multihost.is_first():
         folder.rename(aside)
-      _warn(
+      folders.warn(
         f"checkpoint {folder} is damaged ({problem}): falling back to {self.directory / str(used)}; "
         f"the damaged one is kept as {aside}"
       )
     if damaged:
-      _all_hosts_here(f"set aside for {used}")
+      multihost.barrier("damaged checkpoints set aside")
       self._manager.reload()
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but for the pre-emption service: the loop asks it, and a second asker would disturb its count."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 def save_description(directory: str | pathlib.Path, model: models.LanguageModel) -> None:
@@ -172,7 +208,7 @@ def save_description(directory: str | pathlib.Path, model: models.LanguageModel)
     if strict_json.read(path) != description:
       raise ConfigError(f"{directory} holds another model ({path} differs from the one given): choose another folder")
     return
-  if jax.process_index() == 0:
+  if multihost.is_first():
     integrity.write_atomically(path, json.dumps(description, indent=2).encode() + b"\n")
 
 
@@ -204,10 +240,10 @@ def save_model(
   trees.require_same(trees.flatten(model.abstract_params()), trees.flatten(params), "the parameter tree given")
   directory = ensure_writable(directory)
   save_description(directory, model)
-  if vocabulary_dir is not None and jax.process_index() == 0:
+  if vocabulary_dir is not None and multihost.is_first():
     vocabulary_files.copy(vocabulary_dir, directory)
   run = RunCheckpoints(directory, keep=1)
-  existing = run.steps()
+  existing = multihost.from_first("the steps saved", run.steps)
   if step is None:
     step = existing[-1] + 1 if existing else 0
   run.save(step, {"params": params}, {})
@@ -234,7 +270,8 @@ def load_native(
   model = read_description(directory / DESCRIPTION)
   folder = directory / CHECKPOINTS
   abstract = placed(model.abstract_params(), model, mesh)
-  return model, _newest(folder, step, lambda at: _guarded(at, lambda: _restore_params(at, abstract)))[1]
+  restore = lambda at: folders.guarded(at, lambda: folders.restore_params(at, abstract))
+  return model, _newest(folder, step, restore)[1]
 
 
 def newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
@@ -248,7 +285,7 @@ def newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
 
 def _newest(folder: pathlib.Path, step: int | None, restore) -> tuple[int, Any]:
   """Return (step, what `restore` gives) of the newest checkpoint for which it gives no text, that is: damage."""
-  steps = steps_of(folder)
+  steps = multihost.from_first("the steps saved", lambda: folders.steps_of(folder))
   if not steps or (step is not None and step not in steps):
     listed = f"it holds {', '.join(map(str, steps))}" if steps else "it holds none: has the run saved yet?"
     raise ConfigError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}: {listed}")
@@ -259,7 +296,7 @@ def _newest(folder: pathlib.Path, step: int | None, restore) -> tuple[int, Any]:
       damaged[candidate] = found
       continue
     for bad, problem in damaged.items():
-      _warn(f"checkpoint {folder / str(bad)} is damaged ({problem}): using {folder / str(candidate)} instead")
+      folders.warn(f"checkpoint {folder / str(bad)} is damaged ({problem}): using {folder / str(candidate)} instead")
     return candidate, found
   raise ConfigError(_all_damaged(folder, damaged))
 
@@ -273,7 +310,7 @@ def is_step_of(folder: pathlib.Path, directory: pathlib.Path) -> bool:
 def placed(abstract_params: Params, model: models.LanguageModel, mesh: jax.sharding.Mesh | None) -> Params:
   """Give every ShapeDtypeStruct its sharding: by the rules on a mesh, else the first device."""
   if mesh is None:
-    shardings = jax.tree.map(lambda _: _first_device(), abstract_params)
+    shardings = jax.tree.map(lambda _: folders.first_device(), abstract_params)
   else:
     from distillspec_jax.parallel import partitioning  # noqa: PLC0415  (needed on a mesh only)
 
@@ -281,54 +318,6 @@ def placed(abstract_params: Params, model: models.LanguageModel, mesh: jax.shard
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_params, shardings
   )
-
-
-def _guarded(folder: pathlib.Path, restore):
-  """Return what `restore` returns, or a text that says what is damaged."""
-  if problem := integrity.find_damage(folder):
-    return problem
-  try:
-    restored = restore()
-  except ConfigError:
-    raise
-  except Exception as error:
-    if integrity.has_manifest(folder):
-      raise  # the bytes are those that were written: this is no damage
-    return f"no {integrity.MANIFEST}, and Orbax cannot read it: {_first_line(error)}"
-  if not integrity.has_manifest(folder):
-    _warn(f"checkpoint {folder} has no {integrity.MANIFEST}: it could be read, but not checked for damage")
-  return restored
-
-
-def _restore_state(folder: pathlib.Path, abstract_state: Any) -> Any:
-  saved = _saved_tree(folder)
-  trees.require_same(trees.flatten(abstract_state), trees.flatten(saved), f"checkpoint {folder}", check_dtype=True)
-  return _read_tree(folder, abstract_state, partial=False)
-
-
-def _restore_params(folder: pathlib.Path, abstract_params: Params) -> Params:
-  saved = _saved_tree(folder)
-  trees.require_same(trees.flatten(abstract_params), trees.flatten(saved.get("params", {})), f"checkpoint {folder}")
-  return _read_tree(folder, {"params": abstract_params}, partial=True)["params"]
-
-
-def _saved_tree(folder: pathlib.Path) -> dict:
-  return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / _STATE)).tree
-
-
-def _read_tree(folder: pathlib.Path, abstract: Any, partial: bool) -> Any:
-  def target(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or _first_device())
-
-  abstract = jax.tree.map(target, abstract)
-  arguments = ocp.args.PyTreeRestore(
-    abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial
-  )
-  return ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / _STATE), args=arguments)
-
-
-def _read_data(folder: pathlib.Path) -> dict:
-  return json.loads((folder / _DATA / "metadata").read_bytes())
 
 
 def read_description(path: pathlib.Path) -> models.LanguageModel:
@@ -342,44 +331,9 @@ def read_description(path: pathlib.Path) -> models.LanguageModel:
     raise ConfigError(f"{path} is no model description: it needs architecture and config") from error
 
 
-def steps_of(folder: pathlib.Path) -> list[int]:
-  """List the steps under a checkpoints/ folder, ascending; [] where there is none."""
-  if not folder.is_dir():
-    return []
-  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
-
-
-def _free_name(path: pathlib.Path) -> pathlib.Path:
-  taken, number = path, 2
-  while taken.exists():
-    taken, number = path.with_name(f"{path.name}-{number}"), number + 1
-  return taken
-
-
-def _first_device() -> jax.sharding.Sharding:
-  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
 def _all_damaged(folder: pathlib.Path, damaged: dict[int, str]) -> str:
   listed = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
   return (
     f"no checkpoint in {folder} can be read ({listed}): restore the files from a copy, or move the folder away to "
     "start again"
   )
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _warn(message: str) -> None:
-  logging.warning(message)
-  if not logging.get_absl_logger().isEnabledFor(logging.converter.ABSL_TO_STANDARD[logging.WARNING]):
-    print(f"WARNING: {message}", file=sys.stderr, flush=True)  # a quieted log must not swallow this one
-
-
-def _all_hosts_here(name: str) -> None:
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils  # noqa: PLC0415
-
-    multihost_utils.sync_global_devices(name)

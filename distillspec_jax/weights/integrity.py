@@ -14,8 +14,26 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
+from distillspec_jax.types import ConfigError
+
 MANIFEST = "MANIFEST.json"
 _BLOCK = 1 << 22  # bytes read at a time
+
+
+def user_path(given: str | pathlib.Path) -> pathlib.Path:
+  """Make a path of what a user wrote, `~` expanded.
+
+  Raises:
+    ConfigError: there is no such home, or it is an address: pathlib would make a local folder of it without a word.
+  """
+  if "://" in str(given):
+    raise ConfigError(
+      f"{given} is an address and no folder: mount the bucket or file store (gcsfuse, NFS) and give the folder"
+    )
+  try:
+    return pathlib.Path(given).expanduser()
+  except RuntimeError as error:
+    raise ConfigError(f"{given}: there is no such home directory") from error
 
 
 def write_manifest(directory: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distillspec_jax.models import LanguageModel
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import checkpoints, huggingface, orbax_tree, t5x, trees
+from distillspec_jax.weights import checkpoints, huggingface, integrity, orbax_tree, t5x, trees
 from distillspec_jax.weights.lazy_tensors import LazyTensor
 
 _LOOKED_FOR = (
@@ -35,21 +35,13 @@ class Source:
   step: int | None
 
 
-def user_path(given: str | pathlib.Path) -> pathlib.Path:
-  """Make a path of what a user wrote, `~` expanded; a ConfigError says that there is no such home."""
-  try:
-    return pathlib.Path(given).expanduser()
-  except RuntimeError as error:
-    raise ConfigError(f"{given}: there is no such home directory") from error
-
-
 def detect(directory: str | pathlib.Path) -> str:
   """Name a model directory's form: "native", "t5x" or "huggingface".
 
   Raises:
     ConfigError: the directory is missing, or none of them.
   """
-  directory = user_path(directory)
+  directory = integrity.user_path(directory)
   if not directory.exists():
     raise ConfigError(f"model directory {directory} does not exist (looked for {_LOOKED_FOR})")
   if not directory.is_dir():
@@ -70,7 +62,7 @@ def find(directory: str | pathlib.Path, step: int | None = None) -> tuple[pathli
   Raises:
     ConfigError: as `detect`, or a step of a form that has none.
   """
-  directory = user_path(directory).absolute()
+  directory = integrity.user_path(directory).absolute()
   above = directory.parent.parent
   try:
     if step is None and checkpoints.is_step_of(directory, above):

@@ -167,7 +167,7 @@ def test_hosts_pack_their_own_shares(hosts):
   found = []
   for host in range(hosts):
     share = len(range(host, SIZE, hosts))
-    mine = batches(batch_size=hosts, host=host, hosts=hosts)
+    mine = batches(batch_size=hosts, host=host, hosts=hosts, host_shards=True)
     found += taken(mine, share)
   assert len(found) == SIZE and len(set(found)) == SIZE
 
@@ -175,7 +175,8 @@ def test_hosts_pack_their_own_shares(hosts):
 @pytest.mark.parametrize(("hosts", "count"), [(2, 13), (3, 9)])
 def test_one_hosts_place_serves_every_host(hosts, count):
   """Epochs of different numbers of rows: of each host, and of each host from one epoch to the next."""
-  make = lambda host, place=None: batches(batch_size=2 * hosts, host=host, hosts=hosts, place=place)
+  shards = dict(batch_size=2 * hosts, hosts=hosts, host_shards=True)
+  make = lambda host, place=None: batches(host=host, place=place, **shards)
   zero, last = make(0), make(hosts - 1)
   take(zero, count), take(last, count)
   place = json.loads(json.dumps(zero.state()))

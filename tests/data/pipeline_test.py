@@ -85,8 +85,38 @@ def test_going_on_gives_exactly_the_next_batches(task, batch_size, places):
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3])
-def test_hosts_share_without_doubles_or_losses(hosts):
-  each = [take(pipeline.train_batches(config(batch_size=6), None, h, hosts), 5) for h in range(hosts)]
+@pytest.mark.parametrize("task", ["numbers", "both"])
+def test_hosts_together_have_the_batches_of_one(hosts, task):
+  each = [take(pipeline.train_batches(config(task, 6), None, h, hosts), 5) for h in range(hosts)]
+  for batch, *parts in zip(take(pipeline.train_batches(config(task, 6)), 5), *each, strict=True):
+    assert same({name: np.concatenate([part[name] for part in parts]) for name in batch}, batch)
+
+
+def test_rows_are_those_asked_for_and_a_place_serves_any_number_of_hosts():
+  whole = pipeline.train_batches(config(batch_size=6))
+  one = pipeline.train_batches(config(batch_size=6), None, 1, 2, rows=np.array([1, 4, 5]))
+  for _ in range(5):  # past an epoch's end
+    batch, own = next(whole), next(one)
+    assert same({name: value[[1, 4, 5]] for name, value in batch.items()}, own)
+  assert one.state() == whole.state()
+  place = json.loads(json.dumps(one.state()))
+  following = next(whole)
+  for hosts in (1, 3):
+    parts = [next(pipeline.train_batches(config(batch_size=6), None, h, hosts, place)) for h in range(hosts)]
+    assert same({name: np.concatenate([part[name] for part in parts]) for name in following}, following)
+
+
+def test_a_place_of_before_there_were_shards_is_taken():
+  whole = pipeline.train_batches(config(batch_size=6))
+  next(whole)
+  place = {name: value for name, value in whole.state().items() if name != "host_shards"}
+  assert same(next(pipeline.train_batches(config(batch_size=6), place=place)), next(whole))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3])
+def test_shards_have_no_doubles_or_losses(hosts):
+  sharded = config(batch_size=6, host_shards=True)
+  each = [take(pipeline.train_batches(sharded, None, h, hosts), 5) for h in range(hosts)]
   assert all(len(batch["encoder_input_tokens"]) == 6 // hosts for host in each for batch in host)
   epochs = []
   for index, host in enumerate(each):
@@ -98,9 +128,9 @@ def test_hosts_share_without_doubles_or_losses(hosts):
   assert sorted(epochs) == sorted(f"numbers{i}" for i in range(23))
 
 
-def test_one_hosts_place_serves_every_host():
+def test_one_hosts_place_in_its_shard_serves_every_host():
   """A checkpoint written by host 0 alone: the hosts' epochs have different lengths (23 examples on 2 hosts)."""
-  make = lambda host, place=None: pipeline.train_batches(config("numbers", 6), None, host, 2, place)
+  make = lambda host, place=None: pipeline.train_batches(config("numbers", 6, host_shards=True), None, host, 2, place)
   zero, one = make(0), make(1)
   take(zero, 8), take(one, 8)
   place = json.loads(json.dumps(zero.state()))

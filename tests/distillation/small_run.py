@@ -69,11 +69,11 @@ def held_out_outputs(gamma=0):
 
 def run(directory, *, method="distillspec", optimizer=OptimizerConfig(learning_rate=0.05), batches=Batches,
         written=None, validated_by=held_out_outputs, target_params=TARGET_PARAMS, fields=(), forget=False,
-        **config):  # fmt: skip
+        notice=None, saves=checkpoints.RunCheckpoints, **config):  # fmt: skip
   """Train (or go on) in a directory, as the entry point does; returns the final state."""
   config = loop.TrainConfig(**{"steps": 6, "checkpoint_every": 2, "eval_every": 3, "log_every": 2, **config})
   tx, compiled_step = compiled(method, optimizer, **dict(fields))
-  run_checkpoints = checkpoints.RunCheckpoints(directory, keep=3)
+  run_checkpoints = saves(directory, keep=3)
   restored = run_checkpoints.restore_latest(step.abstract_state(STUDENT, tx))
   state, saved, _ = restored or (step.init_state(STUDENT, tx, rng=jax.random.key(config.seed)), None, 0)
   place, remembered = loop.split_place(saved)
@@ -87,6 +87,7 @@ def run(directory, *, method="distillspec", optimizer=OptimizerConfig(learning_r
     best=best.Best(directory, STUDENT, config.best_by) if held else None,
     meter=costs.Meter(STUDENT, TARGET),
     remembered={} if forget else remembered,
+    notice=notice,
   )
   kept = [] if written is None else written
   return loop.train(config, parts, state, lambda number, scalars: kept.append((number, dict(scalars))))

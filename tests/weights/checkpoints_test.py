@@ -1,6 +1,7 @@
 """A run's checkpoints: exact, whole or passed over, never silently wrong."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from distillspec_jax import models
 from distillspec_jax.parallel import mesh as mesh_lib
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import checkpoints, integrity
+from distillspec_jax.weights import checkpoints, integrity, sources
 
 MODEL = models.T5(models.T5Config.named("t5_tiny", num_encoder_layers=1, num_decoder_layers=1))
 
@@ -202,6 +203,55 @@ def test_restores_into_the_shardings_asked_for(saved):
   assert_same(state, small_state(2))
 
 
+def on(mesh, state):
+  shardings = partitioning.state_shardings(state, MODEL, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def test_a_state_on_2x2x2_goes_to_any_other_mesh_bit_for_bit(tmp_path):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(data=2, fsdp=2, model=2))
+  state = full_state(3)
+  run = checkpoints.RunCheckpoints(tmp_path)
+  run.save(1, jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), state, on(mesh, state)), {})
+  assert_same(run.restore_latest(state)[0], state)  # one device
+  for shape in (dict(data=4, model=2), dict(fsdp=8), dict(model=8)):
+    abstract = on(mesh_lib.make_mesh(mesh_lib.MeshConfig(**{"data": 1, **shape})), state)
+    restored = run.restore_latest(abstract)[0]
+    assert_same(restored, state)
+    assert jax.tree.all(jax.tree.map(lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), restored, abstract))
+  run.close()
+
+
+def test_a_state_may_be_donated_while_it_is_written(tmp_path):
+  """On CPUs the copy to the host is none: what is written must not be what the next step makes of it."""
+  step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+  state = step({"params": {"a": jnp.arange(3e6), "b": jnp.ones((1000, 1000))}})
+  expected = jax.tree.map(np.array, state)
+  run = checkpoints.RunCheckpoints(tmp_path)
+  run.save(1, state, {}, wait=False)
+  for _ in range(10):
+    state = step(state)
+  jax.block_until_ready(state)
+  assert_same(run.restore_latest(expected)[0], expected)
+  assert integrity.has_manifest(tmp_path / "checkpoints" / "1")  # listing the steps waited for it
+  run.close()
+
+
+def test_what_goes_wrong_while_it_is_written_is_raised_where_it_is_waited_for(tmp_path, monkeypatch):
+  def full(folder):
+    raise OSError("no space left")
+
+  run = checkpoints.RunCheckpoints(tmp_path)
+  monkeypatch.setattr(integrity, "write_manifest", full)
+  run.save(1, small_state(1), {}, wait=False)
+  with pytest.raises(OSError, match="no space left"):
+    run.save(2, small_state(2), {}, wait=False)
+  monkeypatch.undo()
+  run.save(2, small_state(2), {}, wait=False)
+  run.close()
+  assert checkpoints.RunCheckpoints(tmp_path).steps() == [1, 2]
+
+
 CHILD = """
 import sys, numpy as np
 from distillspec_jax.weights import checkpoints
@@ -265,7 +315,8 @@ def test_model_directory_round_trip(tmp_path):
   vocabulary = tmp_path / "vocabulary"
   vocabulary.mkdir()
   (vocabulary / "spiece.model").write_bytes(bytes(range(256)))
-  (vocabulary / "vocabulary.json").write_text(json.dumps({"kind": "sentencepiece", "sha256": "x", "extra_ids": 0}))
+  sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
+  (vocabulary / "vocabulary.json").write_text(json.dumps({"kind": "sentencepiece", "sha256": sha256, "extra_ids": 0}))
   params = full_state(1)["params"]
   directory = checkpoints.save_model(tmp_path / "model", MODEL, params, vocabulary)
   model, loaded = checkpoints.load_native(directory)
@@ -314,6 +365,14 @@ def test_a_wrong_description_is_one_line(tmp_path, text):
   (tmp_path / "model.json").write_text(text)
   with pytest.raises(ConfigError, match="model.json"):
     checkpoints.load_native(tmp_path)
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for use in (checkpoints.ensure_writable, sources.find):
+    with pytest.raises(ConfigError, match="gs://bucket/run is an address and no folder: mount"):
+      use("gs://bucket/run")
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_output_folder(tmp_path):
