@@ -126,8 +126,10 @@ def test_nothing_is_left_of_what_fails(source, tmp_path, monkeypatch, form, ther
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
 from distillspec_jax import cli, conversion, convert
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell started in the background ignores
 
 def track(items, what):
   for number, item in enumerate(items):
