@@ -72,7 +72,7 @@ def test_hosts_share_without_doubles_or_losses(data_dir, name, hosts):
   epochs = [[], []]
   for host in range(hosts):
     size = COUNT // FILES[name] * len(range(host, FILES[name], hosts)) if by_file else len(range(host, COUNT, hosts))
-    seen = numbers_of(make(data_dir, name, host, hosts), -(-2 * size * hosts // 24))
+    seen = numbers_of(make(data_dir, name, host, hosts, host_shards=True), -(-2 * size * hosts // 24))
     epochs[0] += seen[:size]
     epochs[1] += seen[size : 2 * size]
   assert [sorted(epoch) for epoch in epochs] == [list(range(COUNT))] * 2
