@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
     "multihost",
     "partitioning",
     "preemption",
+    "program_text",
     "watch",
   ),
 )

@@ -6,14 +6,12 @@ import dataclasses
 import math
 import re
 
+from distillspec_jax.parallel import program_text
+from distillspec_jax.parallel.program_text import Array, Instruction, Program
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
-_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_LOOP = re.compile(r"\b(?:body|condition)=%?([\w.\-]+)")
-_BITS = {"pred": 8, "token": 0}
+_CALLS = ("body", "condition", "to_apply", "calls")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +20,14 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    arrays: what it gives on one device: (dtype in XLA's name, shape) of each array.
+    arrays: what it gives on one device.
     group: how many devices take part together.
     in_loop: whether a loop runs it.
     source: where in the traced program it comes from; "" where the text does not say.
   """
 
   kind: str
-  arrays: tuple[tuple[str, tuple[int, ...]], ...]
+  arrays: tuple[Array, ...]
   group: int
   in_loop: bool
   source: str
@@ -37,15 +35,15 @@ class Collective:
   @property
   def elements(self) -> int:
     """Count the elements that it gives on one device."""
-    return sum(math.prod(shape) for _, shape in self.arrays)
+    return sum(array.elements for array in self.arrays)
 
   @property
   def bytes(self) -> int:
     """Count the bytes that it gives on one device."""
-    return sum(_bits(dtype) * math.prod(shape) for dtype, shape in self.arrays) // 8
+    return sum(array.bytes for array in self.arrays)
 
   def __str__(self) -> str:
-    arrays = ", ".join(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in self.arrays)
+    arrays = ", ".join(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in self.arrays)
     return f"{self.kind} {arrays} over {self.group}{' in a loop' if self.in_loop else ''} ({self.source})"
 
 
@@ -54,59 +52,49 @@ def collectives(text: str) -> list[Collective]:
 
   Args:
     text: `compiled.as_text()`.
+
+  Raises:
+    ValueError: it is no program's text.
   """
-  computations = _computations(text)
-  looped = _looped(computations)
-  found = []
-  for name, block in computations.items():
-    for line in block.splitlines():
-      if match := _INSTRUCTION.match(line):
-        result, kind, start = match.groups()
-        arrays = [(dtype, _shape(dims)) for dtype, dims in _ARRAY.findall(result)]
-        if start and kind != "all-reduce":  # the operands come first, then the results, on some machines two counters
-          arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
-        source = re.search(r'op_name="([^"]*)"', line)
-        found.append(Collective(kind, tuple(arrays), _group(line), name in looped, source[1] if source else ""))
-  return found
+  program = program_text.read(text)
+  looped = _looped(program)
+  lines = [(line, name in looped) for name, part in program.computations.items() for line in part.instructions.values()]
+  return [message for line, in_loop in lines if (message := message_of(line, in_loop))]
 
 
-def _computations(text: str) -> dict[str, str]:
-  """Cut a program's text into its computations, by name."""
-  found = {}
-  for block in re.split(r"\n(?=\S)", text):
-    if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{", block):
-      found[match[1]] = block
-  return found
+def message_of(line: Instruction, in_loop: bool = False) -> Collective | None:
+  """Read what an instruction sends; None where it sends nothing, or ends what another began."""
+  kind = line.opcode.removesuffix("-start")
+  if kind not in KINDS:
+    return None
+  arrays = line.arrays
+  if kind != line.opcode and kind != "all-reduce":  # operands come before results, on some machines two counters after
+    arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+  source = re.search(r'op_name="([^"]*)"', line.attributes)
+  return Collective(kind, arrays, _group(line.attributes), in_loop, source[1] if source else "")
 
 
-def _looped(computations: dict[str, str]) -> set[str]:
+def _looped(program: Program) -> set[str]:
   """Name the computations that loops run, called ones among them."""
-  found, todo = set(), [name for block in computations.values() for name in _LOOP.findall(block)]
+  lines = [line for part in program.computations.values() for line in part.instructions.values()]
+  found, todo = set(), [line.called(key) for line in lines if line.opcode == "while" for key in ("body", "condition")]
   while todo:
     name = todo.pop()
-    if name in found or name not in computations:
+    if name is None or name in found or name not in program.computations:
       continue
     found.add(name)
-    todo += _CALLED.findall(computations[name])
-    todo += [part.strip().lstrip("%") for group in _BRANCHES.findall(computations[name]) for part in group.split(",")]
+    for line in program.computations[name].instructions.values():
+      todo += [*(line.called(key) for key in _CALLS), *line.branches()]
   return found
 
 
-def _group(line: str) -> int:
-  if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+def _group(attributes: str) -> int:
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", match[1]))
     # An axis may take part with some of its devices: 'axis':(devices before)devices.
     return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match[2]))
-  if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+  if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
     return int(match[1])
-  if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+  if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
     return len(match[1].split(","))
-  return 2 if "source_target_pairs" in line else 1
-
-
-def _shape(dims: str) -> tuple[int, ...]:
-  return tuple(int(size) for size in dims.split(",") if size)
-
-
-def _bits(dtype: str) -> int:
-  return _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
+  return 2 if "source_target_pairs" in attributes else 1

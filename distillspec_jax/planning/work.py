@@ -11,9 +11,8 @@ import functools
 import math
 import re
 
-from distillspec_jax.parallel import collectives
-from distillspec_jax.planning import program_text
-from distillspec_jax.planning.program_text import Computation, Instruction, Program
+from distillspec_jax.parallel import collectives, program_text
+from distillspec_jax.parallel.program_text import Computation, Instruction, Program
 
 # What moves nothing: names for what is there, or waiting for what `-start` has counted.
 _FREE = {
@@ -130,11 +129,8 @@ class _Adder:
     return self._done[name, fused]
 
   def _add_up(self, computation: Computation, fused: bool) -> Work:
-    messages = collections.Counter(
-        Message(found.kind, found.group, found.bytes)
-        for found in collectives.collectives(computation.text)
-        if found.group > 1
-    )
+    found = filter(None, map(collectives.message_of, computation.instructions.values()))
+    messages = collections.Counter(Message(one.kind, one.group, one.bytes) for one in found if one.group > 1)
     flops, moved, called = 0.0, 0.0, Work()
     for line in computation.instructions.values():
       flops += _flops(computation, line)

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distillspec_jax.parallel.collectives import KINDS, collectives
 from distillspec_jax.parallel.mesh import MeshConfig, make_mesh
+from distillspec_jax.parallel.program_text import Array
 
 TEXT = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -44,14 +45,14 @@ ENTRY %main.9 (p: f32[8]) -> f32[8] {
 def test_a_text_written_by_hand():
   found = collectives(TEXT)
   want = [
-    ("all-reduce", (("f32", (4,)),), 2, True, ""),
-    ("all-gather", (("bf16", (2, 4, 16)),), 4, True, "jit(f)/dot"),
-    ("all-reduce", (("pred", ()),), 8, True, ""),
-    ("all-reduce", (("f32", (3,)), ("s8", (5,))), 2, False, ""),
-    ("all-gather", (("f32", (16,)),), 8, False, ""),
-    ("collective-permute", (("f32", (7,)),), 2, False, ""),
-    ("all-reduce", (("s32", (2,)),), 8, False, ""),
-    ("all-to-all", (("s32", (3,)),), 4, False, ""),
+    ("all-reduce", (Array("f32", (4,)),), 2, True, ""),
+    ("all-gather", (Array("bf16", (2, 4, 16)),), 4, True, "jit(f)/dot"),
+    ("all-reduce", (Array("pred", ()),), 8, True, ""),
+    ("all-reduce", (Array("f32", (3,)), Array("s8", (5,))), 2, False, ""),
+    ("all-gather", (Array("f32", (16,)),), 8, False, ""),
+    ("collective-permute", (Array("f32", (7,)),), 2, False, ""),
+    ("all-reduce", (Array("s32", (2,)),), 8, False, ""),
+    ("all-to-all", (Array("s32", (3,)),), 4, False, ""),
   ]
   assert [(c.kind, c.arrays, c.group, c.in_loop, c.source) for c in found] == want
   assert [c.elements for c in found] == [4, 128, 1, 8, 16, 7, 2, 3]

@@ -80,13 +80,13 @@ def too_large(messages, sizes, weights=(), caches=True):
   limit = min(V // sizes[2], T * SHAPE["head_dim"]) if caches else V // sizes[2]
   sorted_weights = {tuple(sorted(shape)) for shape in weights}
   large = lambda shape: np.prod(shape) >= limit and tuple(sorted(shape)) not in sorted_weights
-  return [message for message in messages if any(large(shape) for _, shape in message.arrays)]
+  return [message for message in messages if any(large(array.shape) for array in message.arrays)]
 
 
 def of_prompts(messages):
   """The messages that bring something of the prompts' positions elsewhere, cross-attention's caches for one."""
   of_them = lambda shape: S in shape or S + T + GAMMA in shape
-  return [m for m in messages if m.kind in MOVING and any(of_them(shape) for _, shape in m.arrays)]
+  return [m for m in messages if m.kind in MOVING and any(of_them(array.shape) for array in m.arrays)]
 
 
 def output_layers(sizes):
@@ -117,7 +117,7 @@ def test_a_replicated_draft_sends_nothing_while_it_drafts():
   """What travels in the loop is the target's, of G+1 positions, and verification's."""
   sizes, target, draft, config, rule = DECODING["speculative, T5, replicated draft"]
   messages = [m for m in decoding(sizes, target, draft, config, rule) if m.in_loop]
-  of_layers = [m.arrays[0][1] for m in messages if m.arrays[0][1][-1:] == (SHAPE["emb_dim"],)]
+  of_layers = [m.arrays[0].shape for m in messages if m.arrays[0].shape[-1:] == (SHAPE["emb_dim"],)]
   assert of_layers and set(of_layers) == {(ROWS, GAMMA + 1, SHAPE["emb_dim"])}
   both = [m for m in decoding(sizes, target, target, config, rule) if m.in_loop]
   assert len(both) > 2 * len(messages)

@@ -84,11 +84,10 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Some instructions by name, in the program's order, and their text."""
+  """Some instructions by name, in the program's order."""
 
   name: str
   instructions: Mapping[str, Instruction]
-  text: str
 
   @functools.cached_property
   def root(self) -> Instruction:
@@ -137,7 +136,7 @@ def read(text: str) -> Program:
     first, _, rest = block.partition("\n")
     if match := _HEADER.match(first):
       lines = (_instruction(line) for line in rest.splitlines())
-      computations[match[2]] = Computation(match[2], {line.name: line for line in lines if line}, block)
+      computations[match[2]] = Computation(match[2], {line.name: line for line in lines if line})
       entry = match[2] if match[1] else entry
   if entry is None:
     raise ValueError("the text of a program has no ENTRY computation")

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from distillspec_jax.planning import program_text
-from distillspec_jax.planning.program_text import Array
+from distillspec_jax.parallel import program_text
+from distillspec_jax.parallel.program_text import Array
 
 TEXT = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
