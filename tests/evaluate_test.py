@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_task  # noqa: F401  (registers the task)
 
-from distillspec_jax import evaluation, task_results, weights
+from distillspec_jax import evaluation, weights
 from distillspec_jax.analysis import costs as pass_costs
 from distillspec_jax.analysis import latency, measure, report_files
 from distillspec_jax.data import eval_set, lookup, vocabularies

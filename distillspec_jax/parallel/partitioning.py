@@ -213,11 +213,13 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
 
 def check_batch(rows: int, mesh: Mesh) -> None:
   """Raise ConfigError unless this many rows, of all hosts together, split over data x fsdp."""
-  ways_of_rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if rows % ways_of_rows:
+  _check_rows(rows, mesh.shape["data"] * mesh.shape["fsdp"], "data x fsdp")
+
+
+def _check_rows(rows: int, ways: int, over: str) -> None:
+  if rows % ways:
     raise ConfigError(
-        f"a batch of {rows} rows does not split over data x fsdp = {ways_of_rows} devices: "
-        f"choose a batch size that {ways_of_rows} divides."
+        f"a batch of {rows} rows does not split over {over} = {ways} devices: choose a batch size that {ways} divides."
     )
 
 
@@ -229,10 +231,13 @@ def put_batch(batch: Batch, mesh: Mesh | None) -> dict[str, jax.Array]:
   """
   if mesh is None:
     return {name: jax.numpy.asarray(value) for name, value in batch.items()}
+  parts = batch_sharding(mesh, 1).addressable_devices_indices_map((mesh.shape["data"] * mesh.shape["fsdp"],))
+  ways = len({part.indices(mesh.size)[0] for (part,) in parts.values()})
+  over = "data x fsdp" if jax.process_count() == 1 else "this host's part of data x fsdp"
   placed = {}
   for name, value in batch.items():
     value = np.asarray(value)
-    check_batch(value.shape[0] * jax.process_count(), mesh)
+    _check_rows(value.shape[0], ways, over)
     placed[name] = jax.make_array_from_process_local_data(batch_sharding(mesh, value.ndim), value)
   return placed
 
