@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -33,14 +34,16 @@ EXIT_BUG = 1
 EXIT_CONFIG = 2
 EXIT_LOST = 3  # with several processes: another one is gone
 EXIT_INTERRUPTED = 130
+_LIBRARIES = ("flax", "optax", "orbax-checkpoint", "numpy")  # that the hosts of a run must have alike, beside jax
+_EXIT_WHEN_TOLD = "DISTILLSPEC_EXIT_WHEN_TOLD"  # for schedulers that take 0 for the run's end and would not start it again
 
 
 def run(main: Callable[[Sequence[str]], object]) -> None:
   """Parse the flags, call `main(argv)`, leave the process.
 
   A `ConfigError`, an unknown flag or a wrong flag value is one line on stderr, `error: ...`, and exit code 2;
-  Ctrl-C is one line and 130; a run that was told to stop and has saved says so and exits with 0; anything else is a
-  bug and keeps its traceback. Of several processes (`join`) all end when one does, and those that lost another exit
+  Ctrl-C is one line and 130; a run that was told to stop and has saved says so and exits with 0, or what the environment
+  has as DISTILLSPEC_EXIT_WHEN_TOLD; anything else is a bug and keeps its traceback. Of several processes (`join`) all end when one does, and those that lost another exit
   with 3. `--gin.NAME=VALUE` is accepted for doors that define `--gin_bindings` (T5X's calling style).
   """
   app.run(functools.partial(_guarded, main), flags_parser=_parse_flags)
@@ -55,8 +58,11 @@ def define_process_flags() -> None:
   flags.DEFINE_float("host_timeout", 60.0, "Seconds without a sign of life after which a process counts as gone.")
 
 
-def join() -> bool:
+def join(*, takes_notice: bool = False) -> bool:
   """Join the other processes of this run, if there are any, as the flags or the environment say; say whether.
+
+  Args:
+    takes_notice: whether the door saves and leaves at SIGTERM (`preemption.Notice`); else SIGTERM ends it.
 
   Raises:
     ConfigError: see `multihost.start`.
@@ -65,7 +71,9 @@ def join() -> bool:
 
   given = flags.FLAGS
   limits = multihost.Limits(start=given.start_timeout, silence=given.host_timeout)
-  return multihost.start(given.coordinator or None, given.num_processes, given.process_id, limits)
+  return multihost.start(
+    given.coordinator or None, given.num_processes, given.process_id, limits, takes_notice=takes_notice
+  )
 
 
 def require_same_run(settings: str) -> None:
@@ -74,14 +82,13 @@ def require_same_run(settings: str) -> None:
   Raises:
     ConfigError: they have; names the hosts and the first difference.
   """
-  import jax  # noqa: PLC0415
-
   from distillspec_jax.parallel import multihost  # noqa: PLC0415
 
   if multihost.several():
     files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}, code of this package {code}"
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", *_LIBRARIES))
+    versions = f"Python {platform.python_version()}, {found}, code of this package {code}"
     multihost.require_same("the configuration", f"{settings}\n{versions}")
 
 
@@ -120,6 +127,7 @@ def _guarded(main, argv):
   try:
     if len(argv) > 1:
       raise ConfigError(f"unexpected argument {argv[1]!r}: options are written --name=value (see --help)")
+    when_told = _exit_when_told()
     use_compilation_cache()
     result = main(argv)
     multihost.stop()
@@ -134,12 +142,20 @@ def _guarded(main, argv):
     if multihost.is_first():
       print(notice, file=sys.stderr, flush=True)
     multihost.stop()
+    return when_told
   except Exception as error:
     multihost.blame(error)
     if multihost.several():
       traceback.print_exc()
     multihost.leave(one_line(error), EXIT_BUG)
     raise
+
+
+def _exit_when_told() -> int:
+  given = os.environ.get(_EXIT_WHEN_TOLD, "0")
+  if not given.isdecimal() or int(given) > 255:
+    raise ConfigError(f"{_EXIT_WHEN_TOLD}={given} is no exit code: give a number from 0 to 255, or unset it")
+  return int(given)
 
 
 def _set_up_logging() -> None:

@@ -71,7 +71,8 @@ def train(
     ConfigError: anything given cannot work; before the first compilation, except for a NaN in the loss.
     Preempted: told to stop (SIGTERM); what had been done is saved.
   """
-  cli.require_same_run(config_text or repr((data, optimizer, loop_config, mesh_config, model)))
+  given = {name: value for name, value in locals().items() if name != "config_text"}
+  cli.require_same_run("\n".join(f"{name} = {value!r}" for name, value in given.items()) + "\n" + config_text)
   with preemption.Notice() as notice:
     setup = training_setup.prepare(
       model_dir,
@@ -123,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
   """Read the flags' gin files and bindings, join the other processes, and train."""
   del argv
   given = gin_binding.from_flags(flags.FLAGS)
-  cli.join()
+  cli.join(takes_notice=True)
   multihost.say(json.dumps(run_from_gin(*given)))
 
 

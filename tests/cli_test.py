@@ -1,6 +1,7 @@
 """The frame of the entry points: flags and gin errors are one line, exit code 2."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -122,19 +123,22 @@ def test_missing_file_names_the_shipped_ones():
 DOOR = """
 from absl import flags
 from distillspec_jax import cli, gin_binding
+from distillspec_jax.parallel.preemption import Preempted
 flags.DEFINE_integer("gamma", 5, "tokens")
 gin_binding.define_flags()
 def main(argv):
   if flags.FLAGS.gamma == 0: raise cli.ConfigError("gamma is 0: use 1 or more")
   if flags.FLAGS.gamma == 9: raise KeyboardInterrupt
   if flags.FLAGS.gamma == 8: raise ValueError("a bug")
+  if flags.FLAGS.gamma == 7: raise Preempted("told to stop: step 3 is saved")
   print(flags.FLAGS.gamma, flags.FLAGS.gin_bindings)
 cli.run(main)
 """
 
 
-def call_door(*arguments):
-  return subprocess.run([sys.executable, "-c", DOOR, *arguments], capture_output=True, text=True)
+def call_door(*arguments, **variables):
+  environment = {**os.environ, **variables}
+  return subprocess.run([sys.executable, "-c", DOOR, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,15 @@ def test_a_door_ends_in_one_line(argument, code, error):
 def test_a_bug_keeps_its_traceback():
   done = call_door("--gamma=8")
   assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_run_that_was_told_to_stop_ends_as_its_scheduler_wants():
+  done = call_door("--gamma=7")
+  assert (done.returncode, done.stderr) == (0, "told to stop: step 3 is saved\n")
+  assert call_door("--gamma=7", DISTILLSPEC_EXIT_WHEN_TOLD="42").returncode == 42
+  assert call_door("--gamma=1", DISTILLSPEC_EXIT_WHEN_TOLD="42").returncode == 0
+  wrong = call_door("--gamma=1", DISTILLSPEC_EXIT_WHEN_TOLD="later")
+  assert wrong.returncode == 2 and wrong.stderr.startswith("error: DISTILLSPEC_EXIT_WHEN_TOLD=later is no exit code")
 
 
 def test_gin_arguments_are_rewritten_as_in_t5x():

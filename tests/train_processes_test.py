@@ -80,12 +80,16 @@ def test_distilling_in_processes_is_distilling_in_one(alone, tmp_path, count):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_evaluating_in_processes_is_evaluating_in_one(alone, tmp_path):
+@pytest.mark.parametrize("count, batch", [(2, 1), (2, 4), (4, 4)])
+def test_evaluating_in_processes_is_evaluating_in_one(alone, tmp_path, count, batch):
+  """A batch of one is the same on every device; a larger one is split over them."""
+
   def evaluate(count, devices):
     out = tmp_path / str(count)
     program = tmp_path / "evaluate_tiny.py"
     program.write_text("import tiny_task\nfrom distillspec_jax import cli, evaluate\ncli.run(evaluate.main)\n")
-    flags = [f"--target={alone / 'target'}", f"--draft={alone / 'draft'}", "--task=tiny", "--split=validation", *SHORT]
+    flags = [f"--target={alone / 'target'}", f"--draft={alone / 'draft'}", "--task=tiny", "--split=validation", *SHORT,
+             f"--batch_size={batch}"]  # fmt: skip
     commands = [[program, *arguments[2:]] for arguments in door("evaluate", count, [*flags, f"--output_dir={out}"])]
     ended = run(commands, devices=devices, limit=400)
     assert_ended(ended)
@@ -93,10 +97,10 @@ def test_evaluating_in_processes_is_evaluating_in_one(alone, tmp_path):
     return json.loads((out / "metrics.json").read_text()), lines, ended
 
   one, lines_of_one, _ = evaluate(1, 1)
-  two, lines_of_two, ended = evaluate(2, 2)
-  assert lines_of_two == lines_of_one and two["greedy_identical"] == [5, 5]
+  several, lines_of_several, ended = evaluate(count, 4 // count)
+  assert lines_of_several == lines_of_one and several["greedy_identical"] == [5, 5]
   for name in ("alpha", "block_efficiency", "alpha_empirical"):
-    assert two[name] == pytest.approx(one[name], abs=1e-5)
+    assert several[name] == pytest.approx(one[name], abs=1e-5)
   assert "prompts of tiny" in ended[0].out and "prompts of tiny" not in ended[1].out
 
 

@@ -230,7 +230,7 @@ def timing_metrics(pair: Pair, prompts: np.ndarray, config: MeasureConfig, track
     timings = latency.interleaved(calls, config.timing_repeats, warm_ups=1 if index == 0 else 0)
     row = []
     for name in calls:
-      tokens = int(np.asarray(timings[name].result.lengths)[batch.active].sum())
+      tokens = int(multihost.fetch(timings[name].result.lengths)[batch.active].sum())
       row += [timings[name].median_ms * batch.active.sum(), tokens]
     columns.append(row)
   each = lambda sums: np.stack(

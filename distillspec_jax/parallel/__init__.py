@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = attach(
     "partitioning",
     "preemption",
     "program_text",
+    "roll_call",
     "watch",
   ),
 )

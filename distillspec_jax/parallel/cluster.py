@@ -8,7 +8,6 @@ import re
 import socket
 import sys
 import threading
-import time
 import warnings
 
 from distillspec_jax.types import ConfigError
@@ -105,43 +104,6 @@ def detected(limit: float = 60.0) -> Cluster | None:
   return Cluster(coordinator, count, index, None if local is None else tuple(local))
 
 
-def check_port(cluster: Cluster) -> None:
-  """Refuse, on process 0, a port that is taken: jax's service would end in a stack trace.
-
-  Raises:
-    ConfigError: it is.
-  """
-  try:
-    with socket.socket() as probe:
-      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-      probe.bind(("", cluster.port))
-  except OSError as error:
-    raise ConfigError(
-      f"process 0 cannot listen on port {cluster.port} ({error.strerror or error}): give another --coordinator port on"
-      " every host"
-    ) from error
-
-
-def reach(cluster: Cluster, limit: float) -> None:
-  """Wait until the coordinator's port answers.
-
-  Raises:
-    ConfigError: it does not within `limit` seconds.
-  """
-  deadline, why = time.monotonic() + limit, "no answer"
-  while time.monotonic() < deadline:
-    try:
-      socket.create_connection((cluster.host, cluster.port), timeout=5).close()
-      return
-    except OSError as error:
-      why = error.strerror or str(error)
-    time.sleep(min(0.5, limit / 10))
-  raise ConfigError(
-    f"process {cluster.process_id} ({socket.gethostname()}) cannot reach the coordinator {cluster.coordinator} within"
-    f" {limit:.0f} s ({why}): is process 0 running there, and the port open?"
-  )
-
-
 class ends_process_after:  # noqa: N801  used like a function
   """End the process with one line if the block takes longer: jax's connecting ends in a stack trace or not at all."""
 
@@ -159,8 +121,8 @@ class ends_process_after:  # noqa: N801  used like a function
   def _end(self):
     mine = f"process {self._cluster.process_id} ({socket.gethostname()})"
     line = (
-      f"error: {mine}: not all {self._cluster.num_processes} processes came to {self._cluster.coordinator} within"
-      f" {self._limit:.0f} s: are all started, with the same --num_processes and different --process_id?\n"
+      f"error: {mine}: jax's service at {self._cluster.coordinator} did not bring {self._cluster.num_processes} processes"
+      f" together within {self._limit:.0f} s\n"
     )
     os.write(2, line.encode())
     sys.stdout.flush()

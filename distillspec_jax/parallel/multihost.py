@@ -20,7 +20,7 @@ from jax._src import distributed  # the one place of the service's client; orbax
 from jax.sharding import Mesh
 
 from distillspec_jax.parallel import cluster as clusters
-from distillspec_jax.parallel import partitioning
+from distillspec_jax.parallel import partitioning, roll_call
 from distillspec_jax.parallel.watch import AGAIN, Watch
 from distillspec_jax.types import ConfigError
 
@@ -63,6 +63,8 @@ def start(
   num_processes: int | None = None,
   process_id: int | None = None,
   limits: Limits = Limits(),
+  *,
+  takes_notice: bool = True,
 ) -> bool:
   """Join the other processes, if there are any; before jax is asked for devices.
 
@@ -70,13 +72,13 @@ def start(
     coordinator, num_processes, process_id: as the flags say; all None: the environment is asked, and a process
       that nothing says belongs to others is alone.
     limits: how long to wait.
+    takes_notice: whether the run asks `preemption.Notice`; else SIGTERM ends a process, as it does one that is alone.
 
   Returns:
     Whether there are several processes.
 
   Raises:
-    ConfigError: values that cannot be, or a coordinator that cannot be reached in time. That the others do not come
-      in time ends this process: jax's waiting cannot be ended otherwise.
+    ConfigError: values that cannot be, a coordinator that cannot be reached, or others that do not come in time.
   """
   global _watch, _limits
   if several():
@@ -85,11 +87,9 @@ def start(
   if cluster is None or cluster.num_processes == 1:
     return False
   _limits = limits
-  if cluster.process_id == 0:
-    clusters.check_port(cluster)
-  else:
-    clusters.reach(cluster, limits.start)
+  roll_call.attend(cluster, limits.start)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # looked at where the devices are CPUs
+  jax.config.update("jax_enable_preemption_service", takes_notice)
   with clusters.ends_process_after(limits.start, cluster):
     jax.distributed.initialize(
       cluster.coordinator,

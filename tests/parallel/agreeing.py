@@ -79,9 +79,14 @@ def preempted(index):
       time.sleep(0.01)
 
 
+def waiting(index):
+  print("ready", flush=True)
+  multihost.barrier(["lunch", "supper"][index], 100)
+
+
 def main(argv):
   del argv
-  cli.join()
+  cli.join(takes_notice=_SCENARIO.value == "preempted")
   globals()[_SCENARIO.value](flags.FLAGS.process_id)
   sys.stdout.flush()
 

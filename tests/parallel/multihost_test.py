@@ -1,5 +1,6 @@
 """Real processes that start, agree, lose one another and stop: one clear line each, within a bounded time."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -82,11 +83,20 @@ def test_a_notice_to_one_stops_all_at_the_same_step():
   assert [one.err.count("told to stop: saved") for one in ended] == [1, 0, 0]
 
 
+def test_sigterm_ends_what_does_not_listen_to_notices():
+  with Processes(commands("waiting")) as processes:
+    processes.wait_until(lambda: all("ready" in processes.said(number)[0] for number in range(2)), 60)
+    processes.send(1, signal.SIGTERM)
+    first, second = processes.wait(60)
+  assert second.code == -signal.SIGTERM
+  assert first.code == 3 and f"process 1 ({HOST}) has not answered for" in first.errors[0]
+
+
 @pytest.mark.parametrize(
   "flags, expected",
   [
     (["--process_id=1"], "cannot reach the coordinator 127.0.0.1:{port} within 2 s"),
-    (["--process_id=0"], "not all 2 processes came to 127.0.0.1:{port} within 2 s"),
+    (["--process_id=0"], "process 1 of 2 did not come to 127.0.0.1:{port} within 2 s"),
   ],
 )
 def test_who_comes_alone_says_so(flags, expected):
@@ -95,6 +105,47 @@ def test_who_comes_alone_says_so(flags, expected):
   (ended,) = run([[PROGRAM, "--scenario=agree", *given]], limit=60)
   assert ended.code == 2 and len(ended.errors) == 1 and "Traceback" not in ended.err, ended
   assert expected.format(port=port) in ended.errors[0]
+
+
+@pytest.mark.parametrize(
+  "counts, numbers, expected",
+  [
+    ([3, 3, 3], [0, 1, 1], f"two processes have --process_id=1, on {HOST} and on {HOST}: number them 0 to 2"),
+    ([2, 3], [0, 2], f"process 2 ({HOST}) has --num_processes=3, process 0 ({HOST}) 2"),
+    ([4, 4], [0, 2], "processes 1, 3 of 4 did not come to 127.0.0.1:{port} within 8 s"),
+  ],
+)
+def test_a_roll_that_does_not_add_up_is_the_same_line_on_all(counts, numbers, expected):
+  port = free_port()
+  given = [
+    [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}", "--start_timeout=8"]
+    for count, number in zip(counts, numbers, strict=True)
+  ]
+  ended = run([[PROGRAM, "--scenario=agree", *flags] for flags in given], limit=60)
+  assert [one.code for one in ended] == [2] * len(ended), ended
+  assert all(len(one.errors) == 1 and expected.format(port=port) in one.errors[0] for one in ended), ended
+  assert not any("Traceback" in one.err or "stack trace" in one.err for one in ended)
+
+
+def test_who_calls_and_hangs_up_or_says_nonsense_is_nobody():
+  port = free_port()
+  given = lambda index: [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"]
+  with Processes([[PROGRAM, "--scenario=agree", *given(0)]]) as first:
+    lines = []
+
+    def answers():
+      with contextlib.suppress(OSError):
+        lines.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+      return lines
+
+    first.wait_until(answers, 60)
+    lines.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+    lines[0].sendall(b"GET / HTTP/1.1\r\n")
+    lines[1].sendall(b'{"greeting": "distillspec", "process": 1, "of": 2, "machine": "elsewhere"}\n')
+    lines[1].close()  # a process that died: its number is free again
+    with Processes([[PROGRAM, "--scenario=agree", *given(1)]]) as second:
+      assert [one.code for one in (*first.wait(60), *second.wait(60))] == [0, 0]
+    lines[0].close()
 
 
 def test_a_taken_port_is_one_line():
