@@ -41,7 +41,7 @@ def version() -> str:
     import t5x  # noqa: PLC0415
     from t5x.examples.t5 import network  # noqa: F401, PLC0415
   except (ImportError, AttributeError) as error:
-    raise ConfigError(f'--against t5x needs T5X: pip install "distillspec_jax[t5x]" ({error})') from error
+    raise ConfigError(f'--against t5x needs T5X: pip install -e ".[t5x]" ({error})') from error
   return f"t5x {t5x.__version__}"
 
 

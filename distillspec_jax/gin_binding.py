@@ -24,6 +24,7 @@ from absl import flags
 from distillspec_jax.cli import near, one_line
 from distillspec_jax.types import ConfigError
 
+_PLAIN = (int, float, str, bool, tuple, types.NoneType)
 _MODULE = "distillspec_jax"
 _PARAMETERS: dict[str, list[str]] = {}  # everything gin may bind: name -> its parameters
 # Gin also looks for files inside Python packages, and fails where a folder models/ stands on the path: files only.
@@ -221,19 +222,24 @@ def _explain(error: Exception, where: str) -> str:
 
 
 def _check_type(key: str, value: Any, hint: Any) -> Any:
-  """Return the value, a list as a tuple; refuse a scalar of another type than annotated."""
+  """Return the value, a list as a tuple; refuse one of another type than annotated."""
   allowed = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
   plain = [getattr(kind, "__origin__", kind) for kind in allowed]
-  if not all(kind in (int, float, str, bool, tuple, types.NoneType) for kind in plain):
+  if not all(isinstance(kind, type) for kind in plain):
     return value
   if isinstance(value, list) and tuple in plain:
     value = tuple(value)
   if float in plain and isinstance(value, int) and not isinstance(value, bool):
     return value if int in plain else float(value)
-  if any(type(value) is kind for kind in plain):
+  if any(type(value) is kind if kind in _PLAIN else isinstance(value, kind) for kind in plain):
     return value
-  wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in plain)
-  raise ConfigError(f"{key} = {value!r}: expected {wanted}")
+  raise ConfigError(f"{key} = {value!r}: expected {' or '.join(map(_wanted, plain))}")
+
+
+def _wanted(kind: type) -> str:
+  if kind is types.NoneType:
+    return "None"
+  return kind.__name__ if kind in _PLAIN else f"@{kind.__name__}()"
 
 
 def _list(names: Iterable[str]) -> str:

@@ -5,8 +5,8 @@
         --draft_model=t5_1_1_small --output_dir=plans/xl
 
 The step is compiled ahead of time from shapes alone: no weights, no data, no accelerator. TPUs are compiled for by
-their own compiler where libtpu is installed (`pip install distillspec_jax[plan]`); everything else is compiled for
-virtual CPU devices, and its figures are estimates. --output_dir gets plan.json, stdout the same as tables.
+their own compiler where libtpu is installed (`pip install -e '.[plan]'` in a checkout); everything else is compiled
+for virtual CPU devices, and its figures are estimates. Stdout gets tables, --output_dir the same as plan.json.
 
 A model directory that is not there is planned for by its name: .../t5_1_1_xxl is models/t5_1_1_xxl.gin.
 """
@@ -25,33 +25,42 @@ from typing import Any
 import jax
 from absl import flags
 
-from distillspec_jax import gin_binding, models
+from distillspec_jax import gin_binding, models, weights
 from distillspec_jax.planning import page, planner, topologies
 from distillspec_jax.planning.request import Request
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import integrity, sources
 
 _NO_MODEL_DIR = "MODEL_DIR has no value"
+_MOST_GAMMA = 1024  # more than any draft gets right; a pass over millions takes hours to compile
 
 log = logging.getLogger("distillspec_jax.plan")  # also where it runs as __main__
 
 
 def main(argv: Sequence[str]) -> None:
-  """Read the flags, plan, write plan.json, print the tables."""
+  """Read the flags, plan, print the tables, write plan.json."""
   del argv
   given = flags.FLAGS
   topology = topologies.named(given.topology)
   if given.memory_gib is not None:
     topology = topology.with_memory(given.memory_gib)
+  if given.tries < 0:
+    raise ConfigError(f"--tries={given.tries}: compilations at most, 0 or more")
   files, bindings = gin_binding.from_flags(given)
   wanted = request_from_gin(files, bindings, given.target_model, given.draft_model, given.gamma)
-  folder = _writable(given.output_dir) if given.output_dir else None
+  folder = weights.ensure_writable(given.output_dir) if given.output_dir else None
   jax.config.update("jax_enable_compilation_cache", False)  # a program from a cache does not tell its memory
+  jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here stays free
   run = " ".join(files)
-  found = planner.plan(run, wanted, topology, decoding=given.decoding, tries=given.tries)
-  if folder is not None:
-    integrity.write_atomically(folder / "plan.json", json.dumps(found, indent=2).encode() + b"\n")
-  print(page.page(found), flush=True)
+  try:
+    found = planner.plan(run, wanted, topology, decoding=given.decoding, tries=given.tries)
+  except MemoryError as error:
+    raise ConfigError(f"too little memory here to plan for rows so long ({cli.one_line(error)})") from None
+  try:
+    print(page.page(found), flush=True)
+  finally:  # also where nobody reads to the end
+    if folder is not None:
+      _write(folder / "plan.json", found)
 
 
 def request_from_gin(
@@ -62,28 +71,39 @@ def request_from_gin(
   Args:
     files: gin files, as --gin_file takes them.
     bindings: "NAME = VALUE".
-    target_model: a gin file of a model, or the name of one in models/; "": what train.target says.
+    target_model: a gin file of a model, the name of one in models/, or a directory, which has a /; "": what
+      train.target says.
     draft_model: the same of the model that is trained; "": train.initial_checkpoint, else train.model.
     gamma: of speculative decoding.
 
   Raises:
     ConfigError: what gin says, or a model that can neither be found nor guessed.
   """
-  arguments, bindings = _arguments(files, bindings)
+  arguments = _arguments(files, bindings)
   data, step_config = arguments["data"], arguments["step_config"]
   if data.pack:
     raise ConfigError("packed rows are not planned for: give --gin.DataConfig.pack=False")
-  if gamma < 1:
-    raise ConfigError(f"--gamma={gamma}: at least one token is drafted a block")
-  described = lambda role, name, flag: _described(role, name, flag, files, bindings)
-  student = described("draft", arguments.get("initial_checkpoint"), draft_model)
+  if not 1 <= gamma <= _MOST_GAMMA:
+    raise ConfigError(f"--gamma={gamma}: 1 to {_MOST_GAMMA} tokens are drafted a block")
+  method = step_config.method
+  if method.needs_data and data.target_length != step_config.target_length:
+    raise ConfigError(
+      f"DataConfig.target_length is {data.target_length} and StepConfig.target_length {step_config.target_length}: they"
+      " must be equal (TARGET_LENGTH sets both)"
+    )
+  if not method.needs_target and arguments.get("target"):
+    raise ConfigError(
+      f"method {method.name!r} learns from the data alone, but train.target is {arguments['target']!r}: choose another"
+      " method, or give --target_model alone to plan decoding with a target"
+    )
+  student = _described("draft", arguments.get("initial_checkpoint"), draft_model)
   if student is None and arguments.get("model") is not None:
     student = models.from_config(arguments["model"])
   if student is None:
     raise ConfigError("nothing to train: give --draft_model, train.model or train.initial_checkpoint")
-  teacher = described("target", arguments.get("target"), target_model)
-  if step_config.method.needs_target and teacher is None:
-    raise ConfigError(f"method {step_config.method.name!r} needs a target: give --target_model or train.target")
+  teacher = _described("target", arguments.get("target"), target_model)
+  if method.needs_target and teacher is None:
+    raise ConfigError(f"method {method.name!r} needs a target: give --target_model or train.target")
   return Request(
     student=student,
     teacher=teacher,
@@ -98,29 +118,28 @@ def request_from_gin(
   )
 
 
-def _arguments(files: Sequence[str], bindings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def _arguments(files: Sequence[str], bindings: Sequence[str]) -> dict[str, Any]:
   """Bind what `train` would be called with; a plan writes no model, so MODEL_DIR may stay open."""
   # After the flags, so that a wrong one is answered at once.
   from distillspec_jax import train  # noqa: PLC0415
 
   try:
-    return train.arguments_from_gin(files, bindings), list(bindings)
+    return train.arguments_from_gin(files, bindings)
   except ConfigError as error:
     if _NO_MODEL_DIR not in str(error):
       raise
-  bindings = [*bindings, "MODEL_DIR = 'none'"]
-  return train.arguments_from_gin(files, bindings), bindings
+  return train.arguments_from_gin(files, [*bindings, "MODEL_DIR = 'none'"])
 
 
-def _described(
-  role: str, directory: str | None, flag: str, files: Sequence[str], bindings: Sequence[str]
-) -> models.LanguageModel | None:
-  """Find a model: the flag's, the directory's own, or that of the size which the directory is named for."""
-  if flag:
-    return _from_gin_file(flag if flag.endswith(".gin") else f"models/{flag}.gin", files, bindings)
+def _described(role: str, directory: str | None, flag: str) -> models.LanguageModel | None:
+  """Find a model: the flag's, that of the directory, or of the size which the directory is named for."""
+  if "/" in flag and not flag.endswith(".gin"):
+    directory = flag
+  elif flag:
+    return _from_gin_file(flag if flag.endswith(".gin") else f"models/{flag}.gin")
   if not directory:
     return None
-  if pathlib.Path(directory).expanduser().exists():
+  if integrity.user_path(directory).exists():
     return sources.open_source(directory).model
   name = f"models/{pathlib.PurePath(directory).name}.gin"
   known = gin_binding.shipped_files("models")
@@ -130,23 +149,22 @@ def _described(
       f" {', '.join(pathlib.PurePath(file).stem for file in known)}, or a gin file"
     )
   log.info("the %s %s is not here: planning with %s", role, directory, name)
-  return _from_gin_file(name, files, bindings)
+  return _from_gin_file(name)
 
 
-def _from_gin_file(name: str, files: Sequence[str], bindings: Sequence[str]) -> models.LanguageModel:
-  config = _arguments([*files, name], bindings)[0].get("model")
+def _from_gin_file(name: str) -> models.LanguageModel:
+  # The run's own settings of a network are of train.model, not of a model that it loads.
+  config = _arguments(["runs/train.gin", "methods/sft.gin", name], []).get("model")
   if config is None:
     raise ConfigError(f"{name} binds no train.model: give a file such as models/t5_1_1_small.gin")
   return models.from_config(config)
 
 
-def _writable(name: str) -> pathlib.Path:
-  folder = pathlib.Path(name).expanduser()
+def _write(path: pathlib.Path, found: dict[str, Any]) -> None:
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    integrity.write_atomically(path, json.dumps(found, indent=2).encode() + b"\n")
   except OSError as error:
-    raise ConfigError(f"--output_dir={name} cannot be made: {error.strerror or error}") from None
-  return folder
+    raise ConfigError(f"{path} cannot be written: {error.strerror or error}; the tables are printed") from None
 
 
 def define_flags() -> None:
@@ -154,7 +172,8 @@ def define_flags() -> None:
   gin_binding.define_flags()
   machine = "The machine: v5e-64, v4-128, 8xh200, cpu-8, ...; a wrong one lists all."
   flags.DEFINE_string("topology", None, machine, required=True)
-  flags.DEFINE_string("target_model", "", "A size such as t5_1_1_xxl, or a gin file; empty: what train.target says.")
+  model = "A size such as t5_1_1_xxl, a gin file, or a folder such as runs/target; empty: what train.target says."
+  flags.DEFINE_string("target_model", "", model)
   flags.DEFINE_string("draft_model", "", "The same of the model that is trained.")
   flags.DEFINE_integer("gamma", 5, "Tokens drafted a block, where decoding is planned.")
   flags.DEFINE_bool("decoding", True, "Plan decoding at batch 1, too.")

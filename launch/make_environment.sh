@@ -5,13 +5,19 @@
 #
 # Sets PYTHON (the interpreter to use) and ROOT (the repository). Uses the active virtual environment if there is
 # one, else .venv in the repository. Installs only when setup.py or the wanted extras have changed. An NVIDIA GPU
-# adds the extra `cuda`.
+# adds the extra `cuda`. With DRY_RUN=1 it prints the commands that make and fill the environment and does nothing.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 _fail() {
   echo "error: $*" >&2
   exit 1
+}
+
+_print() { # a command, as a shell would read it
+  local text
+  text="$(printf '%q ' "$@")"
+  echo "${text% }"
 }
 
 _version_fits() { # Python 3.11, 3.12 or 3.13: what jax and TensorFlow both have wheels for
@@ -47,6 +53,12 @@ _use_environment() {
   local base
   base="$(_find_python)" || _fail "no Python 3.11, 3.12 or 3.13 found on PATH: install one (for instance" \
     "apt-get install python3.11 python3.11-venv) and call again"
+  if [ -n "${DRY_RUN:-}" ]; then
+    _print rm -rf "$ROOT/.venv"
+    _print "$base" -m venv "$ROOT/.venv"
+    NEW_ENVIRONMENT=1
+    return
+  fi
   echo "Making $ROOT/.venv with $("$base" --version 2>&1)"
   rm -rf "$ROOT/.venv"
   if ! "$base" -m venv "$ROOT/.venv" >"$ROOT/.venv.log" 2>&1; then
@@ -59,7 +71,7 @@ _use_environment() {
 
 _wanted_extras() {
   local extras=("$@")
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  if [[ " $* " != *" cuda "* ]] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
     extras+=(cuda)
   fi
   echo "${extras[*]}"
@@ -75,24 +87,36 @@ _show_progress() { # pip's chatter -> a line now and then
   done
 }
 
+_installed() { # extra ...
+  local extra
+  for extra in base "$@"; do
+    grep -qxs "$hash $extra" "$stamp_file" || return
+  done
+}
+
 _install_when_needed() {
-  local stamp_file hash extra missing="" list
+  local stamp_file="" hash="" list pip
+  list="$(IFS=,; echo "$*")"
+  pip=("$PYTHON" -m pip install --disable-pip-version-check --progress-bar off -e "$ROOT${list:+[$list]}")
+  if [ -n "${NEW_ENVIRONMENT:-}" ]; then # of a dry run
+    _print "${pip[@]}"
+    return
+  fi
   stamp_file="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.distillspec_installed"
   hash="$("$PYTHON" - "$ROOT" <<'PY'
 import hashlib, pathlib, sys
 print(hashlib.sha256((pathlib.Path(sys.argv[1], "setup.py").read_bytes()) + sys.argv[1].encode()).hexdigest()[:16])
 PY
   )"
-  for extra in base "$@"; do
-    grep -qxs "$hash $extra" "$stamp_file" || missing=1
-  done
-  [ -z "$missing" ] && return
-  list="$(IFS=,; echo "$*")"
+  if _installed "$@"; then return; fi
+  if [ -n "${DRY_RUN:-}" ]; then
+    _print "${pip[@]}"
+    return
+  fi
   echo "Installing distillspec_jax${list:+ with $list} into $(dirname "$(dirname "$PYTHON")") (a few GB; once)"
   local log
   log="$(mktemp)"
-  if ! "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off \
-    -e "$ROOT${list:+[$list]}" 2>&1 | tee "$log" | _show_progress; then
+  if ! "${pip[@]}" 2>&1 | tee "$log" | _show_progress; then
     tail -n 15 "$log" >&2
     _fail "pip could not install the package; the whole log is $log"
   fi

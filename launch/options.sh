@@ -58,9 +58,17 @@ _unknown() {
   die "there is no option $1; there are $(_listed); what is to be started comes after them"
 }
 
-require_door() { # before anything costs money: that what is to be started is there
+require_door() { # before anything costs money: a door whose processes find each other, and arguments that arrive
   [ ${#DOOR[@]} -gt 0 ] || die "say what to start behind the options, such as: train --gin_file=runs/distill.gin ..."
-  bash "$HERE/run.sh" --dry_run "${DOOR[@]}" >/dev/null
+  case "${DOOR[0]}" in
+    train | evaluate) ;;
+    *) die "'${DOOR[0]}' does not run on several hosts, only train and evaluate do: start it on one machine, with" \
+      "bash launch/run.sh ${DOOR[0]} ..." ;;
+  esac
+  # What %q writes as $'...' not every shell reads, and a line break would end XPK's YAML.
+  [[ "$(quoted "${DOOR[@]}")" != *"\$'"* ]] ||
+    die "an argument holds a line break, or a character that the locale does not know (LANG=${LANG:-}): it cannot be" \
+      "handed on"
 }
 
 run() {

@@ -4,29 +4,31 @@
 #   bash launch/run.sh [--dry_run] train --gin_file=runs/distill.gin --gin.MODEL_DIR="'runs/distill'" ...
 #
 # It is also what the other scripts start on each host of a pod or cluster, where the processes find each other.
-# DISTILLSPEC_EXTRAS names extras of setup.py to install, such as tpu; an NVIDIA GPU adds cuda by itself.
+# DISTILLSPEC_EXTRAS names extras of setup.py to install, such as tpu; an NVIDIA GPU adds cuda by itself. --dry_run
+# prints the exact commands, of the environment as well where it is yet to be made, and does nothing.
 set -euo pipefail
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$HERE/options.sh"
 
 DRY_RUN=""
 if [ "${1:-}" = --dry_run ]; then
   DRY_RUN=1
   shift
 fi
-DOOR="${1:-}"
+NAME="${1:-}"
 [ $# -eq 0 ] || shift
-case "$DOOR" in
+case "$NAME" in
   train | evaluate | transfer | study | generate_targets | prepare_data | convert | plan | report) ;;
   *)
-    echo "error: '$DOOR' is no door: say what to start, one of train, evaluate, transfer, study, generate_targets," \
-      "prepare_data, convert, plan, report" >&2
-    exit 2
+    die "'$NAME' is no door: say what to start, one of train, evaluate, transfer, study, generate_targets," \
+      "prepare_data, convert, plan, report"
     ;;
 esac
-if [ -n "$DRY_RUN" ]; then
-  printf '%q ' python -m "distillspec_jax.$DOOR" "$@"
-  exit
-fi
 # shellcheck disable=SC2034  # make_environment.sh reads it
 EXTRAS="${DISTILLSPEC_EXTRAS:-}"
-source "$(dirname "${BASH_SOURCE[0]}")/make_environment.sh"
-exec "$PYTHON" -m "distillspec_jax.$DOOR" "$@"
+source "$HERE/make_environment.sh"
+if [ -n "$DRY_RUN" ]; then
+  quoted "$PYTHON" -m "distillspec_jax.$NAME" "$@"
+  exit
+fi
+exec "$PYTHON" -m "distillspec_jax.$NAME" "$@"

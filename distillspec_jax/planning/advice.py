@@ -73,7 +73,7 @@ def first_that_fits(
     resident_of: Callable[[Request], int],
     compile_it: Callable[[Request], StepFigures],
     most: int,
-) -> list[Trial]:
+) -> tuple[list[Trial], bool]:
   """Try changes until one fits.
 
   Args:
@@ -82,25 +82,27 @@ def first_that_fits(
     memory: bytes of one.
     resident_of: counts what lies on a device from step to step, without compiling.
     compile_it: compiles a step.
-    most: compilations at most.
+    most: compilations at most; 0: nothing is tried.
 
   Returns:
-    What was tried; the last one fits, if any does.
+    What was tried, the last one fits, if any does; and whether `most` ended the search.
   """
   tried: list[Trial] = []
+  if not most:
+    return tried, True
   for change in changes(request, devices, resident_first=2 * resident_of(request) > memory):
     resident = resident_of(change.request)
     if resident >= memory:
       tried.append(Trial(change, resident, None, fits=False))
       continue
     if sum(trial.figures is not None for trial in tried) >= most:
-      break
+      return tried, True
     log.info("trying %s ...", change)
     figures = compile_it(change.request)
     tried.append(Trial(change, resident, figures, figures.fits(memory)))
     if tried[-1].fits:
       break
-  return tried
+  return tried, False
 
 
 def _checked(change: Change | None, devices: int) -> Change | None:

@@ -106,6 +106,11 @@ def _decoding(plan: dict[str, Any]) -> str:
     rows.append(["ms a token", *(f"{row['ms_per_token']:.3f}" for row in speculative["at"])])
     rows.append(["speed-up", *(f"{row['speedup']:.2f}" for row in speculative["at"])])
     text += f"\n\n{table(rows)}"
+  passes = decoding["passes"]
+  held = sum(passes[name]["parameters"] + passes[name]["cache"] for name in passes if name != "verify")
+  available = plan["topology"]["memory"]
+  if held > available:
+    text += f"\n\nDecoding does NOT fit: weights and caches take {gib(held)} GiB, a device has {gib(available)} GiB."
   return text
 
 
@@ -132,8 +137,16 @@ def _verdict(plan: dict[str, Any]) -> str:
     else:
       lines.append(f"Not with {settings}: {gib(trial['total'])} GiB.")
   if not plan["advice"]["fits_with"]:
-    lines.append("Nothing that was tried fits: take more devices, or a smaller batch or shorter inputs.")
+    lines.append(_without_advice(plan["advice"]))
   return "\n".join(lines)
+
+
+def _without_advice(advice: dict[str, Any]) -> str:
+  end = "take more devices, or a smaller batch or shorter inputs."
+  if advice["limited"]:
+    begin = "Nothing that was tried fits" if advice["tried"] else "Nothing was tried"
+    return f"{begin}: a larger --tries looks further, or {end}"
+  return f"{'Nothing that was tried fits' if advice['tried'] else 'There is no setting to try'}: {end}"
 
 
 def gib(size: float) -> str:

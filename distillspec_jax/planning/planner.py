@@ -27,7 +27,7 @@ def plan(run: str, wanted: Request, topology: Topology, *, decoding: bool = True
     wanted: the run.
     topology: the machine.
     decoding: whether to plan decoding too.
-    tries: compilations at most in the search for what would fit.
+    tries: compilations at most in the search for what would fit; 0: no search.
 
   Returns:
     What plan.json holds; sizes in bytes of one device, times in seconds unless their name says ms.
@@ -51,7 +51,7 @@ def plan(run: str, wanted: Request, topology: Topology, *, decoding: bool = True
       "models": _models(wanted),
       "step": _step(figures, request.loading_bytes(wanted, mesh)),
       "fits": figures.fits(memory),
-      "advice": {"tried": [], "fits_with": None},
+      "advice": {"tried": [], "fits_with": None, "limited": False},
   }
   if not found["fits"]:
     found["advice"] = _advice(wanted, topology, stand, tries)
@@ -64,7 +64,7 @@ def _advice(wanted: Request, topology: Topology, stand: topologies.Stand, tries:
   resident = lambda changed: sum(
       request.resident_bytes(changed, topologies.make_mesh(changed.mesh_config, stand)).values()
   )
-  trials = advice.first_that_fits(
+  trials, limited = advice.first_that_fits(
       wanted,
       topology.devices,
       topology.chip.memory,
@@ -76,6 +76,7 @@ def _advice(wanted: Request, topology: Topology, stand: topologies.Stand, tries:
   return {
       "tried": [trial.to_dict() for trial in trials],
       "fits_with": list(fitting[0].change.settings) if fitting else None,
+      "limited": limited,
   }
 
 

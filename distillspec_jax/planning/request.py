@@ -14,8 +14,10 @@ from distillspec_jax.decoding.speculative import check_pair
 from distillspec_jax.distillation import step
 from distillspec_jax.distillation.optimizers import OptimizerConfig
 from distillspec_jax.models import LanguageModel
+from distillspec_jax.models.model_config import DTYPES
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.parallel.mesh import MeshConfig
+from distillspec_jax.planning import topologies
 from distillspec_jax.types import ConfigError
 
 _STATE_AXES = {4: ("batch", "heads", "cache", "head_dim")}  # keys and values; of all else the rows alone are split
@@ -86,9 +88,10 @@ def check(request: Request, devices: int) -> None:
   """Refuse what cannot be compiled for so many devices.
 
   Raises:
-    ConfigError: the mesh does not divide the devices, the rows do not split over it, the models do not fit each other.
+    ConfigError: the mesh does not divide the devices or is of several slices, the rows do not split over it, the models
+      do not fit each other.
   """
-  data, fsdp, _ = request.mesh_config.shape(devices)
+  data, fsdp, _ = topologies.mesh_shape(request.mesh_config, devices)
   ways = data * fsdp
   if request.batch_size % ways:
     raise ConfigError(
@@ -101,6 +104,8 @@ def check(request: Request, devices: int) -> None:
         f"DataConfig.batch_size is {request.batch_size}: StepConfig.accumulate = {accumulate} times data x fsdp ="
         f" {ways} devices must divide it"
     )
+  if request.teacher_dtype not in (None, *DTYPES):
+    raise ConfigError(f"train.target_dtype is {request.teacher_dtype!r}; there are {', '.join(DTYPES)}")
   if request.teacher is not None:
     check_pair(request.teacher, request.student)
   for role, model in (("model", request.student), ("target", request.teacher)):

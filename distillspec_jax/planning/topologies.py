@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -20,9 +21,9 @@ from distillspec_jax.parallel import mesh as meshes
 from distillspec_jax.planning.chips import CHIPS, GIB, Chip
 from distillspec_jax.types import ConfigError
 
-_TPU = re.compile(r"(v4|v5e|v5p|v6e)-(\d+)$")
-_MANY = re.compile(r"(\d+)x(h200|h100|h100-pcie|a100-80g)$")
-_CPU = re.compile(r"cpu-(\d+)$")
+_TPU = re.compile(r"(v4|v5e|v5p|v6e)-([1-9]\d{0,8})", re.ASCII)
+_MANY = re.compile(r"(\d{1,9})x(h200|h100|h100-pcie|a100-80g)", re.ASCII)
+_CPU = re.compile(r"cpu-([1-9]\d*)", re.ASCII)
 _CORES = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}  # what the number in a slice's name counts, a chip
 _FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 _CUBES = {
@@ -37,6 +38,8 @@ _WITHOUT_A_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+_MOST_GIB = 1 << 20
+_MOST_VIRTUAL = 2048  # as many as the largest slice has; more take long to make
 _HOST = 8  # GPUs of one box; more of them talk over a slower network
 
 log = logging.getLogger(__name__)
@@ -62,11 +65,15 @@ class Topology:
     """Give the same with another memory a device.
 
     Raises:
-      ConfigError: not above 0.
+      ConfigError: less than a byte, more than any device has, or more than a TPU has, whose compiler knows it.
     """
-    if not gib > 0:
-      raise ConfigError(f"--memory_gib={gib:g}: a device's memory must be above 0 GiB")
-    return dataclasses.replace(self, chip=dataclasses.replace(self.chip, memory=int(gib * GIB)))
+    if not 1 / GIB <= gib <= _MOST_GIB:
+      raise ConfigError(f"--memory_gib={gib:g}: a device's memory must be above 0 GiB, and at most {_MOST_GIB:,}")
+    memory = int(gib * GIB)
+    if self.slice and memory > self.chip.memory:
+      most = f"{self.chip.memory / GIB:.2f}"
+      raise ConfigError(f"--memory_gib={gib:g}: programs have at most {most} GiB of a device of {self.name}")
+    return dataclasses.replace(self, chip=dataclasses.replace(self.chip, memory=memory))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,26 +98,29 @@ def named(name: str) -> Topology:
   Raises:
     ConfigError: an unknown name, or a size that there is not.
   """
-  if match := _TPU.match(name):
+  if match := _TPU.fullmatch(name):
     kind, number = match[1], int(match[2])
     shapes = {chips * _CORES[kind]: shape for chips, shape in (_FLAT if _CORES[kind] == 1 else _CUBES).items()}
     if number not in shapes:
       raise ConfigError(f"there is no {name}: {kind} slices are {', '.join(f'{kind}-{size}' for size in shapes)}")
     shape = "x".join(map(str, shapes[number]))
     return Topology(name, number // _CORES[kind], CHIPS[kind], f"{kind}:{shape}")
-  match = _MANY.match(name)
+  match = _MANY.fullmatch(name)
   if match and 1 <= int(match[1]) <= _HOST:
     return Topology(name, int(match[1]), CHIPS[match[2]])
   if match:
     raise ConfigError(f"{name}: a box has 1 to {_HOST} GPUs; the network between boxes is not planned for")
-  if (match := _CPU.match(name)) and int(match[1]) >= 1:
+  if match := _CPU.fullmatch(name):
+    if len(match[1]) > 9 or int(match[1]) > _MOST_VIRTUAL:
+      raise ConfigError(f"there is no {name[:20]}: cpu-N has 1 to {_MOST_VIRTUAL} virtual devices")
     return Topology(name, int(match[1]), CHIPS["cpu"])
   possible = ["v5e-64", "v6e-64", "v4-128", "v5p-128", "8xh200", "8xh100", "8xh100-pcie", "8xa100-80g", "cpu-8"]
-  near = difflib.get_close_matches(name, possible, n=1)
+  near = difflib.get_close_matches(name.strip().lower(), possible, n=1)
   meant = f"; did you mean {near[0]}?" if near else ""
   raise ConfigError(
       f"unknown topology {name!r}{meant} There are v5e-N and v6e-N (N chips), v4-N and v5p-N (N cores, two a chip),"
-      f" Nxh200, Nxh100, Nxh100-pcie, Nxa100-80g (N up to {_HOST}) and cpu-N, for example {', '.join(possible)}"
+      f" Nxh200, Nxh100, Nxh100-pcie, Nxa100-80g (N up to {_HOST}) and cpu-N (N up to"
+      f" {_MOST_VIRTUAL}), for example {', '.join(possible)}"
   )
 
 
@@ -130,13 +140,29 @@ def stand_for(topology: Topology) -> Stand:
   return Stand(_virtual_devices(topology.devices), exact=False)
 
 
+def mesh_shape(config: meshes.MeshConfig, devices: int) -> tuple[int, int, int]:
+  """Give the mesh's axes on so many devices of one slice, which a topology is.
+
+  Raises:
+    ConfigError: the axes do not divide the devices, or `dcn` lays them over several slices.
+  """
+  shape = config.shape(devices)
+  dcn = config.over_slices(shape, 1)
+  if math.prod(dcn) > 1:
+    raise ConfigError(
+        f"MeshConfig.dcn = {dcn} asks for {math.prod(dcn)} slices, and a topology is one; the network between slices is"
+        " not planned for: plan one slice, with MeshConfig.dcn = None and its share of the axes and of the batch"
+    )
+  return shape
+
+
 def make_mesh(config: meshes.MeshConfig, stand: Stand) -> Mesh:
   """Lay the devices out as a run on them would.
 
   Raises:
-    ConfigError: the mesh's axes do not divide the devices.
+    ConfigError: what `mesh_shape` says.
   """
-  shape = config.shape(len(stand.devices))
+  shape = mesh_shape(config, len(stand.devices))
   if stand.exact:
     auto = (jax.sharding.AxisType.Auto,) * len(meshes.AXES)
     # 8 neighbours in a torus of 4 x 4 x 4 are an axis and half of another.
@@ -171,6 +197,7 @@ def _virtual_devices(number: int) -> Sequence[jax.Device]:
   devices = jax.devices("cpu")
   if len(devices) < number:
     raise ConfigError(
-        f"{number} virtual devices are wanted and jax runs already with {len(devices)}: plan in a process of its own"
+        f"{number} virtual devices are wanted and jax runs already with {len(devices)}, or XLA_FLAGS says so many: plan"
+        " in a process of its own, without xla_force_host_platform_device_count"
     )
   return devices[:number]

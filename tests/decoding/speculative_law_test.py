@@ -15,6 +15,7 @@ from scipy import stats
 from distillspec_jax.decoding import autoregressive
 from distillspec_jax.decoding.sampling import SamplingConfig
 
+pytestmark = pytest.mark.as_users  # so many rows take longer than their compilation
 ROWS = 100_000
 K2, P8, M2 = dict(top_k=2), dict(top_p=0.8), dict(min_length=2)
 T5_CASES = [  # every value of every setting with both rules

@@ -29,10 +29,17 @@ def search(wanted, memory, most=20, **sizes):
     compiled.append(changed)
     return StepFigures({"total": memory_of(changed, **sizes)[1]}, Work(), None, 0.0)
 
-  tried = advice.first_that_fits(
-    wanted, 8, memory, lambda changed: memory_of(changed, **sizes)[0], compile_it, most
-  )
+  resident = lambda changed: memory_of(changed, **sizes)[0]
+  tried, _ = advice.first_that_fits(wanted, 8, memory, resident, compile_it, most)
   return tried, compiled
+
+
+def limit_of(wanted, memory, most, **sizes):
+  """How many changes were tried, and whether `most` ended the search."""
+  figures = lambda changed: StepFigures({"total": memory_of(changed, **sizes)[1]}, Work(), None, 0.0)
+  resident = lambda changed: memory_of(changed, **sizes)[0]
+  tried, limited = advice.first_that_fits(wanted, 8, memory, resident, figures, most)
+  return len(tried), limited
 
 
 WANTED = request(mesh_config=MeshConfig(8, 1, 1), batch_size=64)
@@ -69,12 +76,15 @@ def test_nothing_fits():
   tried, compiled = search(WANTED, 20)
   assert tried and not any(trial.fits for trial in tried)
   assert len(compiled) <= len(tried)
-  assert search(WANTED, 300, most=0)[1] == []
+  assert limit_of(WANTED, 20, most=20) == (len(tried), False)
 
 
 def test_no_more_is_compiled_than_asked_for():
   tried, compiled = search(WANTED, 540, most=2, per_row=1000)
   assert len(compiled) == 2 and not tried[-1].fits
+  assert limit_of(WANTED, 540, most=2, per_row=1000) == (2, True)
+  # With 20 bytes nothing need be compiled to be refused; without a search it is not refused either.
+  assert limit_of(WANTED, 20, most=0) == limit_of(WANTED, 300, most=0) == (0, True)
 
 
 def test_every_change_can_be_made():

@@ -28,7 +28,7 @@ PLAN = {
     },
   },
   "fits": True,
-  "advice": {"tried": [], "fits_with": None},
+  "advice": {"tried": [], "fits_with": None, "limited": False},
 }  # fmt: skip
 
 
@@ -62,13 +62,27 @@ def test_a_plan_that_does_not_fit(total, needs):
     {"settings": ["b = 1"], "resident": GIB, "total": 18 * GIB, "fits": False},
     {"settings": ["a = 1", "b = 2"], "resident": GIB, "total": 9 * GIB, "fits": True},
   ]
-  plan["advice"] = {"tried": tried, "fits_with": ["a = 1", "b = 2"]}
+  plan["advice"] = {"tried": tried, "fits_with": ["a = 1", "b = 2"], "limited": False}
   text = page(plan)
   assert f"It does NOT fit: it needs {needs}, a device has 16.00 GiB." in text
   assert "Not with a = 1: 17.00 GiB before the step begins." in text
   assert "Not with b = 1: 18.00 GiB." in text and text.endswith("It fits with a = 1, b = 2: 9.00 GiB.")
-  plan["advice"] = {"tried": tried[:2], "fits_with": None}
-  assert "Nothing that was tried fits" in page(plan)
+
+
+@pytest.mark.parametrize(
+  ("tried", "limited", "last"),
+  [
+    (1, False, "Nothing that was tried fits: take more devices, or"),
+    (1, True, "Nothing that was tried fits: a larger --tries looks further, or take more devices, or"),
+    (0, True, "Nothing was tried: a larger --tries looks further, or take more devices, or"),
+    (0, False, "There is no setting to try: take more devices, or"),
+  ],
+)
+def test_a_search_without_success(tried, limited, last):
+  trial = {"settings": ["b = 1"], "resident": GIB, "total": 18 * GIB, "fits": False}
+  advice = {"tried": [trial] * tried, "fits_with": None, "limited": limited}
+  plan = copy.deepcopy(PLAN) | {"fits": False, "advice": advice}
+  assert page(plan).splitlines()[-1].startswith(last)
 
 
 def test_decoding():
@@ -83,7 +97,11 @@ def test_decoding():
   passes = {"target": a_pass, "verify": a_pass | {"queries": 4}, "draft": a_pass}
   text = page(PLAN | {"decoding": {"passes": passes, "plain_ms_per_token": 2.0, "speculative": speculative}})
   assert "Plain decoding takes 2.000 ms a token. With gamma 3 a block takes 9.000 ms" in text
-  assert "it never pays." in text and "| target, verifying" in text
+  assert "it never pays." in text and "| target, verifying" in text and "does NOT fit" not in text
+  large = {"target": a_pass | {"parameters": 15 * GIB}, "verify": a_pass, "draft": a_pass}
+  assert "Decoding does NOT fit: weights and caches take 16.00 GiB, a device has 16.00" in page(
+    PLAN | {"decoding": {"passes": large}}
+  )
   alone = page(PLAN | {"decoding": {"passes": {"draft": a_pass}}})
   assert "| draft " in alone and "Plain decoding" not in alone
 

@@ -109,6 +109,8 @@ def test_a_decoder_only_model():
   ("changes", "message"),
   [
     ({"mesh_config": MeshConfig(1, 1, 3)}, "does not divide 8 device"),
+    ({"mesh_config": MeshConfig(4, 1, 2, dcn=(2, 1, 1))}, "dcn = .2, 1, 1. asks for 2 slices, and a topology is one"),
+    ({"teacher_dtype": "float16"}, "train.target_dtype is 'float16'; there are float32, bfloat16"),
     ({"mesh_config": MeshConfig(1, 1, 16)}, "needs 16 devices and there are 8"),
     ({"mesh_config": MeshConfig(8, 1, 1), "batch_size": 12}, "batch_size is 12: data x fsdp = 8 of 8 devices must"),
     ({"step_config": StepConfig(methods.named("distillspec"), T, accumulate=4)}, "StepConfig.accumulate = 4 times"),

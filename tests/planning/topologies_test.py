@@ -1,5 +1,7 @@
 """Machines by name; a TPU's own compiler where it is installed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -40,6 +42,13 @@ def test_names(name, devices, kind, slice_):
     ("v4-4", "there is no v4-4: v4 slices are v4-8, v4-16"),
     ("16xh200", "a box has 1 to 8 GPUs"),
     ("cpu-0", "unknown topology 'cpu-0'"),
+    ("cpu-2049", "there is no cpu-2049: cpu-N has 1 to 2048 virtual devices"),
+    ("cpu-100000000", "there is no cpu-100000000: cpu-N has 1 to 2048"),
+    pytest.param("cpu-1" + 5000 * "0", "there is no cpu-10000", id="more digits than Python reads"),
+    ("cpu-\u0663", "unknown topology"),  # a digit, though not of ours
+    ("v5e-064", "unknown topology 'v5e-064'; did you mean v5e-64"),
+    (" V5E-64", "did you mean v5e-64"),
+    ("8xH200", "did you mean 8xh200"),
     ("", "unknown topology ''"),
   ],
 )
@@ -50,8 +59,30 @@ def test_what_there_is_not(name, message):
 
 def test_another_memory():
   assert topologies.named("v5e-64").with_memory(2).chip.memory == 2 * 2**30
-  with pytest.raises(ConfigError, match="--memory_gib=0"):
-    topologies.named("v5e-64").with_memory(0)
+  assert topologies.named("v5p-8").with_memory(95.73) == topologies.named("v5p-8")
+  assert topologies.named("8xh200").with_memory(1000).chip.memory == 1000 * 2**30
+
+
+@pytest.mark.parametrize("gib", [0, -1, 1e-12, 1e305, float("inf"), float("nan")])
+def test_a_memory_that_no_device_has(gib):
+  with pytest.raises(ConfigError, match=re.escape(f"--memory_gib={gib:g}: a device's memory must be above 0 GiB")):
+    topologies.named("cpu-8").with_memory(gib)
+
+
+def test_a_tpus_compiler_knows_its_memory():
+  with pytest.raises(ConfigError, match="--memory_gib=16: programs have at most 15.75 GiB of a device of v5e-64"):
+    topologies.named("v5e-64").with_memory(16)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_topology_is_one_slice(exact):
+  stand = topologies.Stand(jax.devices("cpu")[:4], exact)
+  mesh = lambda dcn: topologies.make_mesh(MeshConfig(-1, 1, 2, dcn=dcn), stand)
+  assert dict(mesh((1, 1, 1)).shape) == dict(mesh(None).shape) == {"data": 2, "fsdp": 1, "model": 2}
+  with pytest.raises(ConfigError, match=r"dcn=\(3, 1, 1\) does not divide data, fsdp, model = \(2, 1, 2\)"):
+    mesh((3, 1, 1))
+  with pytest.raises(ConfigError, match=r"dcn = \(2, 1, 1\) asks for 2 slices, and a topology is one.*plan one slice"):
+    mesh((2, 1, 1))
 
 
 def test_without_the_compiler_a_tpu_is_estimated(monkeypatch):
