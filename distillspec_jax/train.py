@@ -71,8 +71,7 @@ def train(
     ConfigError: anything given cannot work; before the first compilation, except for a NaN in the loss.
     Preempted: told to stop (SIGTERM); what had been done is saved.
   """
-  given = {name: value for name, value in locals().items() if name != "config_text"}
-  cli.require_same_run("\n".join(f"{name} = {value!r}" for name, value in given.items()) + "\n" + config_text)
+  cli.require_same_run(_settings(**locals()))
   with preemption.Notice() as notice:
     setup = training_setup.prepare(
       model_dir,
@@ -126,6 +125,17 @@ def main(argv: Sequence[str]) -> None:
   given = gin_binding.from_flags(flags.FLAGS)
   cli.join(takes_notice=True)
   multihost.say(json.dumps(run_from_gin(*given)))
+
+
+def _settings(config_text: str, **arguments) -> str:
+  """Write what `train` was called with, the gin file first and then a line each: hosts compare it line by line."""
+  lines = [config_text]
+  for name, value in arguments.items():
+    if dataclasses.is_dataclass(value):
+      lines += [f"{type(value).__name__}.{key} = {field!r}" for key, field in vars(value).items()]
+    else:
+      lines.append(f"{name} = {value!r}")
+  return "\n".join(lines)
 
 
 def _resumed(

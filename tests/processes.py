@@ -11,7 +11,7 @@ import tempfile
 import time
 
 TESTS = pathlib.Path(__file__).resolve().parent
-_LESS_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+LESS_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def environment(devices=1, **more):
   return {
     **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "KUBERNETES_"))},
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {_LESS_OPTIMISED}",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {LESS_OPTIMISED}",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "PYTHONPATH": os.pathsep.join(map(str, paths)),
     **more,

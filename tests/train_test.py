@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("seqio", reason="training from tasks needs seqio and TensorFlow")
 
 import tiny_task  # noqa: E402, F401
+from processes import LESS_OPTIMISED  # noqa: E402
 
 from distillspec_jax import gin_binding, models, train, weights  # noqa: E402
 from distillspec_jax.types import ConfigError  # noqa: E402
@@ -129,8 +130,8 @@ def command(directory, pair, steps):
   task = directory.parent / "task.gin"
   task.write_text("import tiny_task\n")
   environment = {
-    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
-    "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": LESS_OPTIMISED, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+    "JAX_COMPILATION_CACHE_DIR": str(pair / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
   }  # fmt: skip
   files = [f"--gin_file={task}", "--gin_file=runs/distill.gin", "--gin_file=methods/imitkd.gin"]
   return subprocess.Popen(
