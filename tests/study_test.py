@@ -30,7 +30,8 @@ def test_the_lines_are_the_table_of_the_paper_and_its_controls():
   lines = [part for part in study_lines.parts("gsm8k-*,multi30k-*", 3) if isinstance(part, Line)]
   assert len({line.name for line in lines}) == len(lines)
   of = lambda task, seed: [line.recipe for line in lines if (line.task, line.seed) == (task, seed)]
-  assert of("multi30k", 0) == of("gsm8k", 2) == ["none", *study_lines.MAIN]
+  assert of("multi30k", 0) == ["none", *study_lines.MAIN, *study_lines.ONCE]
+  assert of("gsm8k", 2) == ["none", *study_lines.MAIN]
   whole = of("gsm8k", 0)
   assert {"sft", "seqkd", "supervised_kd", "imitkd", "f_distill", "skd"} < set(whole)
   cells = {(divergence, source) for divergence in ("fkl", "rkl", "jsd", "tvd") for source in ("data", "draft", "target", "mixed")}
@@ -40,7 +41,7 @@ def test_the_lines_are_the_table_of_the_paper_and_its_controls():
   methods = [Line("gsm8k", recipe, 0).method for recipe in whole if recipe != "none"]
   assert len({str(study_lines._recipe(method)) for method in methods}) == len(methods)  # nothing is run twice
   assert [line.name for line in study_lines.main_lines("multi30k", 2)] == [
-    line.name for seed in (0, 1) for line in lines if (line.task, line.seed) == ("multi30k", seed)
+    f"multi30k-{recipe.replace('/', '_')}-{seed}" for seed in (0, 1) for recipe in ("none", *study_lines.MAIN)
   ]
 
 
@@ -63,6 +64,7 @@ def small(tmp_path, monkeypatch):
   monkeypatch.setattr(study_lines, "TRIALS", tuple(Trial("tiny_judged", kind) for kind in trials.TRIALS))
   for module in (study_lines, trials, plots):
     monkeypatch.setattr(module, "MAIN", ("on_policy_gkd", "tvd/data"))
+  monkeypatch.setattr(study_lines, "ONCE", ())
   monkeypatch.setattr(trials, "LENIENCES", (1.0, 0.1))
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
   monkeypatch.setattr(trials, "LONGER", 2)
@@ -109,7 +111,10 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   assert set(kept) == {path.name for path in made} - {"tiny_judged-tvd_data-0.json"}
   text = tables.as_markdown(parts)
   assert "## tiny_judged" in text and "| on_policy_gkd | 1 |" in text and "| none | 1 |" in text
-  assert "The same drafts on tiny_other_vocabulary" in text and "| fkl |" in text
+  assert "The same drafts on tiny_other_vocabulary" in text and "| fkl |" not in text
+  grid = tables.as_markdown([*found, found[1] | {"recipe": "rkl/mixed", "name": "tiny_judged-rkl_mixed-0"}])
+  cells = {row.split(" | ")[0]: row for row in grid.splitlines() if row.startswith(("| fkl ", "| rkl "))}
+  assert [cells[name].count("–") for name in ("| fkl", "| rkl")] == [3, 3]
   assert "| `tiny_judged-on_policy_gkd-0` |" in text and "`tiny_judged-longer`: 120 updates instead" in text
   assert "lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
   drawn = plots.draw(parts)

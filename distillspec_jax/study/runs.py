@@ -66,7 +66,7 @@ def _line(stage: Stage, line: Line) -> dict[str, Any]:
 
 
 def _measured_on(stage: Stage, line: Line) -> list[str]:
-  transfer = stage.task.transfer if line.recipe in (NONE, *lines.MAIN) else None
+  transfer = stage.task.transfer if line.recipe in (NONE, *lines.MAIN, *lines.ONCE) else None
   return [stage.task.name, *filter(None, [transfer])]
 
 

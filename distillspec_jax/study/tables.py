@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distillspec_jax.study import lines as study_lines
 from distillspec_jax.study.lines import NONE, same_as
 
 Lines = Sequence[Mapping[str, Any]]
@@ -34,7 +35,7 @@ def as_markdown(parts: Lines) -> str:
     text.append(f"## {task}")
     if mine:
       text += [_target_line(mine[0]), _recipes(mine)]
-    if any("/" in line["recipe"] for line in mine):
+    if any("/" in line["recipe"] and line["recipe"] not in study_lines.MAIN for line in mine):
       text += [f"Block efficiency at γ = 7, T = 0 and T = 1, of DistillSpec's grid (`{task}-*-0`):", _grid(mine)]
     text += _transfers(mine)
     for trial in (trial for trial in trials if trial["task"] == task):
