@@ -58,7 +58,7 @@ def define_process_flags() -> None:
   flags.DEFINE_float("host_timeout", 60.0, "Seconds without a sign of life after which a process counts as gone.")
 
 
-def join(*, takes_notice: bool = False) -> bool:
+def join(*, takes_notice: bool = True) -> bool:
   """Join the other processes of this run, if there are any, as the flags or the environment say; say whether.
 
   Args:

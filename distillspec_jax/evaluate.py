@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
       profile=_PROFILE.value or None,
       label=_LABEL.value,
   )
-  cli.join()
+  cli.join(takes_notice=False)
   cli.require_same_run(repr(request))
   evaluation_request.run(request)
 

@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
   """Read the flags' gin files and bindings, join the other processes, and train."""
   del argv
   given = gin_binding.from_flags(flags.FLAGS)
-  cli.join(takes_notice=True)
+  cli.join()
   multihost.say(json.dumps(run_from_gin(*given)))
 
 
