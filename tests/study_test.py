@@ -68,6 +68,9 @@ def small(tmp_path, monkeypatch):
   monkeypatch.setattr(trials, "LENIENCES", (1.0, 0.1))
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
   monkeypatch.setattr(trials, "LONGER", 2)
+  monkeypatch.setattr(trials, "LIMITED", "tvd/data")
+  monkeypatch.setattr(trials, "SETTINGS", {"cool": {"Method.loss_temperature": 0.5}})
+  monkeypatch.setattr(trials, "LARGER_DRAFT", {"emb_dim": 20})
   monkeypatch.setattr(trials, "LARGER", {"num_decoder_layers": 2})
   monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 20})
   monkeypatch.setattr(trials, "TIMED_PROMPTS", 2)
@@ -85,7 +88,7 @@ def run(folder, *bindings):
 
 def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   assert run(small, "StudyConfig.budget_minutes = 0.0") == []
-  assert "budget of 0 minutes is used up: 0 of 7 parts" in capsys.readouterr().out
+  assert "budget of 0 minutes is used up: 0 of 8 parts" in capsys.readouterr().out
   parts = run(small)
   found = [part for part in parts if "recipe" in part]
   assert [line["recipe"] for line in found] == ["none", "on_policy_gkd", "tvd/data"]
@@ -117,6 +120,7 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   assert [cells[name].count("–") for name in ("| fkl", "| rkl")] == [3, 3]
   assert "| `tiny_judged-on_policy_gkd-0` |" in text and "`tiny_judged-longer`: 120 updates instead" in text
   assert "lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
+  assert "tvd/data with one setting changed" in text and "| larger draft, none | 1 |" in text
   drawn = plots.draw(parts)
   assert set(drawn) == {"tiny_judged-block_efficiency", "tiny_judged-lossy", "tiny_judged-ladder"}
   assert all(png.startswith(b"\x89PNG") for png in drawn.values())
@@ -131,7 +135,11 @@ def check_trials(found):
     assert len(exact) == 1
     assert lossy[recipe, 0.0, "lossy_exp", 0.1]["tau"] >= lossy[recipe, 0.0, "lossy_exp", 1.0]["tau"]
   longer = found["longer"]["lines"]
-  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 120)]
+  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 120), ("tvd/data", 120)]
+  limits = found["limits"]
+  settings = {line["recipe"]: line["measured"]["alpha_t1"] for line in limits["lines"]}
+  assert list(settings) == ["cool", "skd", "larger draft, none", "larger draft"]
+  assert limits["draft_parameters"]["larger"] > limits["draft_parameters"]["usual"]
   larger = found["larger_target"]
   assert larger["parameters"]["larger"] > larger["parameters"]["target"]
   assert [line["recipe"] for line in larger["lines"]] == ["none", "on_policy_gkd", "tvd/data"]

@@ -101,6 +101,7 @@ class Trial:
 
 TRIALS = (
   *(Trial(task, "longer") for task in TASKS),
+  Trial("debian_synopsis", "limits"),
   Trial("multi30k", "lossy"),
   Trial("multi30k", "larger_target"),
   Trial("debian_synopsis", "ladder"),

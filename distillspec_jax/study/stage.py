@@ -91,7 +91,14 @@ class Stage:
     return self._train(name, "runs/finetune.gin", [network], bindings)
 
   def distilled(
-    self, name: str, recipe: str, target: str | None, start: str, seed: int, rate: float, steps: int | None = None
+    self,
+    name: str,
+    recipe: str,
+    target: str | None,
+    start: str,
+    seed: int,
+    rate: float,
+    changes: Mapping[str, Any] = {},
   ) -> str:
     """Go on with a model by a recipe of the table.
 
@@ -102,16 +109,16 @@ class Stage:
       start: the directory of the model that is gone on with.
       seed: of the data's order and of sampling.
       rate: learning rate.
-      steps: updates; None is the table's number.
+      changes: gin bindings that differ from the table's.
 
     Returns:
       The new directory.
     """
     divergence, slash, source = recipe.partition("/")
     files = ["methods/distillspec.gin"] if slash else [f"methods/{recipe}.gin"]
-    steps = steps or self.config.distill_steps
-    bindings: dict[str, Any] = {"TRAIN_STEPS": steps, "SEED": seed, "LEARNING_RATE": rate}
+    bindings: dict[str, Any] = {"TRAIN_STEPS": self.config.distill_steps, "SEED": seed, "LEARNING_RATE": rate}
     bindings |= {"DIVERGENCE": divergence, "SOURCE": source} if slash else {}
+    bindings |= changes
     if target is None:
       return self._train(name, "runs/finetune.gin", files, bindings | {"INITIAL_CHECKPOINT": start})
     return self._train(name, "runs/distill.gin", files, bindings | {"DRAFT": start, "TARGET": target})
@@ -187,18 +194,17 @@ class Stage:
       found |= {"rows": results["rows"], "mean": results["mean"]}
     return found
 
-  def base(self, seed: int, task: str, target: str = "target", directory: str | None = None) -> Columns:
-    """Give the blocks [N] that the target's texts need with the fine-tuned draft, for each temperature and γ.
+  def base(self, draft: str, task: str, target: str = "target", directory: str | None = None) -> Columns:
+    """Give the blocks [N] that the target's texts need with a fine-tuned draft, for each temperature and γ.
 
     Args:
-      seed: the draft's.
+      draft: its directory.
       task: a task or mixture.
       target: the name of the target's folder.
       directory: the target's; None is the task's own target.
     """
-    path = self.folder / f"{NONE}-{seed}" / f"blocks-{target}-{task}-{self.config.prompts}.npz"
+    path = pathlib.Path(draft) / f"blocks-{target}-{task}-{self.config.prompts}.npz"
     if not path.is_file():
-      draft = self.draft_of(Line(self.task.name, NONE, seed))
       pair = Pair(*weights.load_model(directory or self.target()), *weights.load_model(draft))
       _, columns, _ = self._scored(pair, task, target)
       integrity.write_atomically(path, _as_npz({name: below for name, (_, below) in columns.items()}))

@@ -154,6 +154,15 @@ def _longer(found: Mapping[str, Any]) -> str:
   return f"{found['lines'][0]['steps']} updates instead of the table's number:\n\n{_short_table(found['lines'])}"
 
 
+def _limits(found: Mapping[str, Any]) -> str:
+  sizes = {name: f"{size / 1e6:.1f}M" for name, size in found["draft_parameters"].items()}
+  title = (
+    f"{found['method']} with one setting changed, SKD, and a draft of {sizes['larger']} parameters instead of"
+    f" {sizes['usual']}:"
+  )
+  return f"{title}\n\n{_short_table(found['lines'])}"
+
+
 def _larger_target(found: Mapping[str, Any]) -> str:
   sizes = found["parameters"]
   title = (
@@ -188,7 +197,13 @@ def _ladder(found: Mapping[str, Any]) -> str:
   return f"{title}\n\n{_table(rows)}"
 
 
-_TRIALS = {"longer": _longer, "lossy": _lossy, "larger_target": _larger_target, "ladder": _ladder}
+_TRIALS = {
+  "longer": _longer,
+  "limits": _limits,
+  "lossy": _lossy,
+  "larger_target": _larger_target,
+  "ladder": _ladder,
+}
 
 
 def metric_of(found: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The study's trials beside its table: longer runs, lossy rules, a larger target, smaller targets taught by the large.
+"""The study's trials beside its table: longer runs, other settings, lossy rules, a larger target, smaller targets.
 
 Each takes the stage of its task and returns what belongs into its file, JSON-able.
 """
@@ -25,6 +25,13 @@ LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
 LARGER = {"num_decoder_layers": 12}  # than the mini target's 6: nearly twice its parameters
 LONGER = 4  # times the table's updates
+LIMITED = MAIN[1]  # the recipe whose settings are varied: the best of greedy decoding
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+  "rate-halved": {"LEARNING_RATE": DRAFT_RATE / 2},
+  "rate-doubled": {"LEARNING_RATE": DRAFT_RATE * 2},
+  "loss-temperature-0.5": {"Method.loss_temperature": 0.5},
+}
+LARGER_DRAFT = {"emb_dim": 256, "num_heads": 8, "mlp_dim": 512, "num_decoder_layers": 2}
 MIDDLE = {"emb_dim": 256, "num_heads": 4, "mlp_dim": 512, "num_decoder_layers": 3}
 TIMED_PROMPTS, TIMED_ROUNDS = 16, 5
 
@@ -60,23 +67,52 @@ def larger_target(stage: Stage) -> dict[str, Any]:
   found: dict[str, Any] = {"parameters": {"target": _size(usual), "larger": _size(params)}, "lines": []}
   for line in lines.main_lines(stage.task.name, stage.config.seeds):
     pair = Pair(larger, params, *weights.load_model(stage.draft_of(line)))
-    base = None if line.recipe == NONE else stage.base(line.seed, stage.task.name, name, directory)
+    start = stage.draft_of(dataclasses.replace(line, recipe=NONE))
+    base = None if line.recipe == NONE else stage.base(start, stage.task.name, name, directory)
     measured = stage.measured(pair, stage.task.name, name, base)
     found["lines"].append({"recipe": line.recipe, "seed": line.seed, "measured": measured})
   return found
 
 
 def longer(stage: Stage) -> dict[str, Any]:
-  """Distil for four times as many updates: whether it is their number that limits the table's gains.
+  """Distil for four times as many updates, on the draft's texts and on the data set's.
+
+  Whether it is their number that limits the table's gains, or the youth of a draft that makes its texts poor ones.
 
   Returns:
     {"lines": [{"recipe", "steps", "seed", "measured": what `Stage.measured` gives}]}.
   """
-  name, steps = stage.task.name, LONGER * stage.config.distill_steps
-  target, start = stage.target(), stage.draft_of(Line(name, NONE, 0))
-  draft = stage.distilled(f"longer-{MAIN[0]}", MAIN[0], target, start, 0, DRAFT_RATE, steps)
-  measured = stage.measured(_pair(target, draft), name, base=stage.base(0, name))
-  return {"lines": [{"recipe": MAIN[0], "steps": steps, "seed": 0, "measured": measured}]}
+  steps, start = LONGER * stage.config.distill_steps, stage.draft_of(Line(stage.task.name, NONE, 0))
+  found = []
+  for recipe in MAIN[:2]:
+    line = _varied(stage, f"longer-{recipe}", recipe, start, {"TRAIN_STEPS": steps})
+    found.append({"recipe": recipe, "steps": steps, "seed": 0, "measured": line})
+  return {"lines": found}
+
+
+def limits(stage: Stage) -> dict[str, Any]:
+  """Change one setting of one recipe at a time: learning rate, the loss's temperature, the draft's size; and SKD.
+
+  Returns:
+    {"method": the recipe, "draft_parameters": of both drafts, "lines": [{"recipe": the setting, "seed", "measured"}]}.
+  """
+  task = stage.task
+  start = stage.draft_of(Line(task.name, NONE, 0))
+  larger = stage.fine_tuned("larger-draft", task.draft, stage.config.draft_steps, 0, DRAFT_RATE, LARGER_DRAFT)
+  measured = {name: _varied(stage, name, LIMITED, start, changes) for name, changes in SETTINGS.items()}
+  measured["skd"] = _varied(stage, "skd-0", "skd", start, {})
+  measured["larger draft, none"] = stage.measured(_pair(stage.target(), larger), task.name)
+  measured["larger draft"] = _varied(stage, "larger-draft-distilled", LIMITED, larger, {})
+  sizes = {name: _size(weights.load_model(draft)[1]) for name, draft in {"usual": start, "larger": larger}.items()}
+  lines = [{"recipe": name, "seed": 0, "measured": of} for name, of in measured.items()]
+  return {"method": LIMITED, "draft_parameters": sizes, "lines": lines}
+
+
+def _varied(stage: Stage, name: str, recipe: str, start: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+  """Distil a draft with changed settings and measure it against the draft it was."""
+  target = stage.target()
+  draft = stage.distilled(name, recipe, target, start, 0, DRAFT_RATE, changes)
+  return stage.measured(_pair(target, draft), stage.task.name, base=stage.base(start, stage.task.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +196,7 @@ def _size(params) -> int:
 
 TRIALS: Mapping[str, Callable[[Stage], Any]] = {
   "longer": longer,
+  "limits": limits,
   "lossy": lossy,
   "larger_target": larger_target,
   "ladder": ladder,
