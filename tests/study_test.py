@@ -1,7 +1,10 @@
 """The study in small: its lines, one of each kind run through the door, resumed, and its tables."""
 
+import inspect
 import json
+import zlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ pytest.importorskip("seqio", reason="the study trains from tasks")
 
 import tiny_task  # noqa: E402, F401
 
+from distillspec_jax import train, training_setup, weights  # noqa: E402
 from distillspec_jax.study import door, plots, runs, stage, tables, trials  # noqa: E402
 from distillspec_jax.study import lines as study_lines  # noqa: E402
 from distillspec_jax.study.lines import Line, StudyTask, Trial  # noqa: E402
@@ -54,14 +58,14 @@ def test_parts_are_chosen_by_their_names():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-  """A study of one tiny task with two recipes and every trial."""
+  """A study of one tiny task with two recipes and one trial."""
   for name, width in (("t5_target", 24), ("t5_draft", 16)):
     (tmp_path / f"{name}.gin").write_text(MINI.format(width=width))
   files = (str(tmp_path / "t5_target.gin"), str(tmp_path / "t5_draft.gin"))
   tasks = {"tiny_judged": StudyTask("tiny_judged", 8, 4, 8, *files, transfer="tiny_other_vocabulary")}
   for module in (study_lines, stage):
     monkeypatch.setattr(module, "TASKS", tasks)
-  monkeypatch.setattr(study_lines, "TRIALS", tuple(Trial("tiny_judged", kind) for kind in trials.TRIALS))
+  monkeypatch.setattr(study_lines, "TRIALS", (Trial("tiny_judged", "larger_target"),))
   for module in (study_lines, trials, plots):
     monkeypatch.setattr(module, "MAIN", ("on_policy_gkd", "tvd/data"))
   monkeypatch.setattr(study_lines, "ONCE", ())
@@ -69,7 +73,6 @@ def small(tmp_path, monkeypatch):
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
   monkeypatch.setattr(trials, "LONGER", 2)
   monkeypatch.setattr(trials, "LIMITED", "tvd/data")
-  monkeypatch.setattr(trials, "SETTINGS", {"cool": {"Method.loss_temperature": 0.5}})
   monkeypatch.setattr(trials, "LARGER_DRAFT", {"emb_dim": 20})
   monkeypatch.setattr(trials, "LARGER", {"num_decoder_layers": 2})
   monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 20})
@@ -88,7 +91,7 @@ def run(folder, *bindings):
 
 def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   assert run(small, "StudyConfig.budget_minutes = 0.0") == []
-  assert "budget of 0 minutes is used up: 0 of 8 parts" in capsys.readouterr().out
+  assert "budget of 0 minutes is used up: 0 of 4 parts" in capsys.readouterr().out
   parts = run(small)
   found = [part for part in parts if "recipe" in part]
   assert [line["recipe"] for line in found] == ["none", "on_policy_gkd", "tvd/data"]
@@ -104,7 +107,9 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
         low, high = measured[f"gain_t{t}_gamma7_ci"]
         assert low <= gain <= high
     assert line["transfer"]["tiny_other_vocabulary"]["prompts"] == 6
-  check_trials({part["kind"]: part["found"] for part in parts if "kind" in part})
+  (larger,) = [part["found"] for part in parts if "kind" in part]
+  assert larger["parameters"]["larger"] > larger["parameters"]["target"]
+  assert [line["recipe"] for line in larger["lines"]] == ["none", "on_policy_gkd", "tvd/data"]
   made = {path: path.stat().st_mtime_ns for path in (small / "results").glob("*.json")}
   (small / "results" / "tiny_judged-tvd_data-0.json").unlink()
   again = run(small)
@@ -118,12 +123,64 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   grid = tables.as_markdown([*found, found[1] | {"recipe": "rkl/mixed", "name": "tiny_judged-rkl_mixed-0"}])
   cells = {row.split(" | ")[0]: row for row in grid.splitlines() if row.startswith(("| fkl ", "| rkl "))}
   assert [cells[name].count("–") for name in ("| fkl", "| rkl")] == [3, 3]
-  assert "| `tiny_judged-on_policy_gkd-0` |" in text and "`tiny_judged-longer`: 120 updates instead" in text
-  assert "lossy rules on" in text and "before a target of" in text and "| middle, taught, distilled draft |" in text
+  assert "| `tiny_judged-on_policy_gkd-0` |" in text and "before a target of" in text
+  assert list(plots.draw(parts)) == ["tiny_judged-block_efficiency"]
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+  """What trainings would be, checked as they are, each a step of noise from where it starts: {folder: its settings}."""
+  asked = {}
+
+  def run_from_gin(files, bindings):
+    settings = train.arguments_from_gin(files, bindings)
+    asked[settings["model_dir"].rpartition("/")[2]] = settings
+    call = inspect.signature(train.train).bind(**settings)
+    call.apply_defaults()
+    setup = training_setup.prepare(**{name: given for name, given in call.arguments.items() if name != "config_text"})
+    key = jax.random.key(zlib.crc32(settings["model_dir"].rpartition("/")[2].encode()))
+    params = setup.student.params or setup.student.model.init(key)
+    moved = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype), params)
+    weights.save_model(setup.directory, setup.student.model, moved, setup.vocabulary_dir)
+
+  monkeypatch.setattr(train, "run_from_gin", run_from_gin)
+  return asked
+
+
+def test_every_trial_to_tables_and_plots(small, untrained, monkeypatch):
+  others = [Trial("tiny_judged", kind) for kind in trials.TRIALS if kind != "larger_target"]
+  monkeypatch.setattr(study_lines, "TRIALS", tuple(others))
+  parts = run(small, "StudyConfig.distill_steps = 250", f"PARTS = {','.join(trial.name for trial in others)!r}")
+  check_trials({part["kind"]: part["found"] for part in parts})
+  check_settings(untrained)
+  text, drawn = tables.as_markdown(parts), plots.draw(parts)
+  assert "`tiny_judged-longer`: 500 updates instead" in text and "lossy rules on" in text
+  assert "| middle, taught, distilled draft |" in text
   assert "tvd/data with one setting changed" in text and "| larger draft, none | 1 |" in text
-  drawn = plots.draw(parts)
-  assert set(drawn) == {"tiny_judged-block_efficiency", "tiny_judged-lossy", "tiny_judged-ladder"}
+  assert set(drawn) == {"tiny_judged-lossy", "tiny_judged-ladder"}
   assert all(png.startswith(b"\x89PNG") for png in drawn.values())
+
+
+def check_settings(asked):
+  """Each trial's trainings differ from the table's in what they are about, and in nothing else."""
+  known = {
+    name: (
+      found["loop_config"].steps,
+      found["optimizer"].learning_rate,
+      found["step_config"].method.loss_temperature,
+      (found.get("target") or "").rpartition("/")[2],
+      (found.get("initial_checkpoint") or "").rpartition("/")[2],
+    )
+    for name, found in asked.items()
+  }
+  usual = (250, 2e-2, 1.0, "target", "none-0")
+  assert known["on_policy_gkd-0"] == known["skd-0"] == usual
+  assert known["longer-on_policy_gkd"] == known["longer-tvd_data"] == (500, *usual[1:])
+  assert known["rate-halved"] == (250, 1e-2, *usual[2:]) and known["rate-doubled"] == (250, 4e-2, *usual[2:])
+  assert known["loss-temperature-0.5"] == (250, 2e-2, 0.5, *usual[3:])
+  assert known["larger-draft-distilled"] == (*usual[:4], "larger-draft")
+  assert known["middle-taught"] == (250, 1e-2, 1.0, "target", "middle")
+  assert known["draft-for-middle"] == (*usual[:3], "middle-taught", "none-0")
 
 
 def check_trials(found):
@@ -135,14 +192,11 @@ def check_trials(found):
     assert len(exact) == 1
     assert lossy[recipe, 0.0, "lossy_exp", 0.1]["tau"] >= lossy[recipe, 0.0, "lossy_exp", 1.0]["tau"]
   longer = found["longer"]["lines"]
-  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 120), ("tvd/data", 120)]
+  assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 500), ("tvd/data", 500)]
   limits = found["limits"]
   settings = {line["recipe"]: line["measured"]["alpha_t1"] for line in limits["lines"]}
-  assert list(settings) == ["cool", "skd", "larger draft, none", "larger draft"]
+  assert list(settings) == [*trials.SETTINGS, "skd", "larger draft, none", "larger draft"]
   assert limits["draft_parameters"]["larger"] > limits["draft_parameters"]["usual"]
-  larger = found["larger_target"]
-  assert larger["parameters"]["larger"] > larger["parameters"]["target"]
-  assert [line["recipe"] for line in larger["lines"]] == ["none", "on_policy_gkd", "tvd/data"]
   rungs = found["ladder"]["rungs"]
   assert rungs["small"]["relative_latency"] == 1.0 and len(rungs) == 9
   metric = tables.metric_of(rungs["large"])

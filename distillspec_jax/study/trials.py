@@ -85,7 +85,7 @@ def longer(stage: Stage) -> dict[str, Any]:
   steps, start = LONGER * stage.config.distill_steps, stage.draft_of(Line(stage.task.name, NONE, 0))
   found = []
   for recipe in MAIN[:2]:
-    line = _varied(stage, f"longer-{recipe}", recipe, start, {"TRAIN_STEPS": steps})
+    line = _varied(stage, f"longer-{recipe.replace('/', '_')}", recipe, start, {"TRAIN_STEPS": steps})
     found.append({"recipe": recipe, "steps": steps, "seed": 0, "measured": line})
   return {"lines": found}
 
