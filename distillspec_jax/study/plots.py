@@ -11,6 +11,8 @@ from distillspec_jax.study.lines import MAIN, NONE
 
 Parts = Sequence[Mapping[str, Any]]
 _TAU = {"greedy": "tau_t0_gamma7", "T = 1": "tau_t1_gamma7"}
+_GAINS = {"greedy": "gain_t0_gamma7", "T = 1": "gain_t1_gamma7"}
+SHOWN = MAIN[1]  # whose gain on each row of a mixture is drawn: the best of greedy decoding
 
 
 def draw(parts: Parts) -> dict[str, bytes]:
@@ -27,37 +29,40 @@ def draw(parts: Parts) -> dict[str, bytes]:
 
 
 def _block_efficiency(lines: Parts) -> bytes:
-  """Draw τ at γ = 7 of the main recipes, first seed, with its interval over prompts."""
-  runs = [line for line in lines if line["seed"] == 0 and line["recipe"] in (NONE, *MAIN)]
-  groups = {title: [_run(line, line["measured"], key) for line in runs] for title, key in _TAU.items()}
-  return figures.block_efficiency(groups, [line["recipe"] for line in runs]).png["light"]
+  """Draw τ at γ = 7 of the main recipes, mean over seeds, with what the seeds' intervals over prompts cover."""
+  recipes = tables.by_recipe(lines)
+  runs = {recipe: recipes[recipe] for recipe in (NONE, *MAIN) if recipe in recipes}
+  groups = {title: [_run(recipe, seeds, key) for recipe, seeds in runs.items()] for title, key in _TAU.items()}
+  return figures.block_efficiency(groups, list(runs)).png["light"]
 
 
-def _run(line: Mapping[str, Any], found: Mapping[str, Any], key: str) -> dict[str, Any]:
-  return {"label": line["recipe"], "block_efficiency": found[key], "block_efficiency_ci": found[f"{key}_ci"]}
+def _run(recipe: str, seeds: Parts, key: str) -> dict[str, Any]:
+  value, low, high = tables.hull([line["measured"] for line in seeds], key)
+  return {"label": recipe, "block_efficiency": value, "block_efficiency_ci": [low, high]}
 
 
 def _rows(lines: Parts) -> dict[str, bytes]:
-  """Draw the gain of each row of a mixture that the drafts were transferred to."""
-  chosen = [line for line in lines if line["seed"] == 0 and line["recipe"] == MAIN[0]]
-  drawn = {}
-  for line in chosen:
-    for name, found in line["transfer"].items():
-      if "rows" in found:
-        drawn[f"{name}-gain"] = _gains(found["rows"])
+  """Draw the gain of each row of a mixture that the drafts were transferred to, mean over seeds."""
+  recipes, drawn = tables.by_recipe(lines), {}
+  seeds = recipes.get(SHOWN, [])
+  for name in seeds[0]["transfer"] if seeds else ():
+    rows = [line["transfer"][name]["rows"] for line in seeds if "rows" in line["transfer"][name]]
+    if rows:
+      drawn[f"{name}-gain"] = _gains(rows)
   return drawn
 
 
-def _gains(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-  order = sorted(rows, key=lambda row: rows[row]["gain_t0_gamma7"])
+def _gains(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> bytes:
+  mean = lambda row, key: 100 * (sum(rows[row][key] for rows in seeds) / len(seeds) - 1)
+  order = sorted(seeds[0], key=lambda row: mean(row, _GAINS["greedy"]))
 
   def drawing(axes, theme):
-    for series, (title, key) in enumerate({"greedy": "gain_t0_gamma7", "T = 1": "gain_t1_gamma7"}.items()):
-      values = [100 * (rows[row][key] - 1) for row in order]
+    for series, (title, key) in enumerate(_GAINS.items()):
+      values = [mean(row, key) for row in order]
       axes.plot(values, range(len(order)), "o", color=theme.series[series], label=title)
     axes.axvline(0, color=theme.ink, lw=1, ls=":")
     axes.set_yticks(range(len(order)), order, fontsize=6.5)
-    axes.set_xlabel("gain in block efficiency, γ = 7, %")
+    axes.set_xlabel(f"gain in τ of {SHOWN}, γ = 7, %")
 
   return figures.draw(drawing, figures.LIGHT)
 

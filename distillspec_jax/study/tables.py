@@ -64,13 +64,13 @@ def _target_line(line: Mapping[str, Any]) -> str:
 
 
 def _recipes(lines: Lines) -> str:
-  by_recipe = _grouped(lines)
+  grouped = by_recipe(lines)
   rows = [["recipe", "seeds", *(title for _, title, _ in _COLUMNS), "gain, T=0", "gain, T=1", "part"]]
-  order = sorted(by_recipe, key=lambda recipe: (recipe != NONE, -_mean(by_recipe[recipe], _MEASURE.format(0))))
+  order = sorted(grouped, key=lambda recipe: (recipe != NONE, -_mean(grouped[recipe], _MEASURE.format(0))))
   for recipe in order:
-    mine = [line["measured"] for line in by_recipe[recipe]]
+    mine = [line["measured"] for line in grouped[recipe]]
     cells = [_cell(mine, key, digits) for key, _, digits in _COLUMNS]
-    rows.append([recipe, str(len(mine)), *cells, *(_gain(mine, key) for key in _GAINS), _part(by_recipe[recipe])])
+    rows.append([recipe, str(len(mine)), *cells, *(_gain(mine, key) for key in _GAINS), _part(grouped[recipe])])
   return _table(rows)
 
 
@@ -80,32 +80,33 @@ def _part(lines: Lines) -> str:
   return f"`{name}`" if len(lines) == 1 else f"`{name.rpartition('-')[0]}-*`"
 
 
-def _grouped(lines: Lines) -> dict[str, list[Mapping[str, Any]]]:
-  by_recipe: dict[str, list[Mapping[str, Any]]] = {}
+def by_recipe(lines: Lines) -> dict[str, list[Mapping[str, Any]]]:
+  """Put the seeds of a recipe together."""
+  found: dict[str, list[Mapping[str, Any]]] = {}
   for line in lines:
-    by_recipe.setdefault(line["recipe"], []).append(line)
-  return by_recipe
+    found.setdefault(line["recipe"], []).append(line)
+  return found
 
 
 def _mean(lines: Lines, key: str) -> float:
   return float(np.mean([line["measured"][key] for line in lines]))
 
 
-def _hull(found: Lines, key: str) -> tuple[float, float, float]:
+def hull(found: Lines, key: str) -> tuple[float, float, float]:
   """Return the mean over seeds, the lowest and the highest end of their intervals."""
   ends = [figures[f"{key}_ci"] for figures in found]
   return float(np.mean([figures[key] for figures in found])), min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _cell(found: Lines, key: str, digits: int) -> str:
-  value, low, high = _hull(found, key)
+  value, low, high = hull(found, key)
   return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _gain(found: Lines, key: str) -> str:
   if not all(key in figures for figures in found):
     return "–"
-  value, low, high = (100 * (end - 1) for end in _hull(found, key))
+  value, low, high = (100 * (end - 1) for end in hull(found, key))
   return f"{value:+.0f}% [{low:+.0f}, {high:+.0f}]"
 
 
@@ -142,7 +143,7 @@ def _short_table(lines: Lines) -> str:
   rows = [["recipe", "seeds", "α, T=0", "τ, γ=7", "α, T=1", "τ, γ=7", "gain, T=0", "gain, T=1"]]
   of_parts = all("name" in line for line in lines)  # a trial's lines are parts of the trial
   rows[0] += ["part"] if of_parts else []
-  for recipe, mine in _grouped(lines).items():
+  for recipe, mine in by_recipe(lines).items():
     found = [line["measured"] for line in mine]
     cells = [_cell(found, key, digits) for key, digits in keys]
     gains = [_gain(found, key) for key in _GAINS]
