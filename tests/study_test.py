@@ -72,7 +72,7 @@ def small(tmp_path, monkeypatch):
   monkeypatch.setattr(trials, "LENIENCES", (1.0, 0.1))
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
   monkeypatch.setattr(trials, "LONGER", 2)
-  monkeypatch.setattr(trials, "LIMITED", "tvd/data")
+  monkeypatch.setattr(trials, "BEST_GREEDY", "tvd/data")
   monkeypatch.setattr(trials, "LARGER_DRAFT", {"emb_dim": 20})
   monkeypatch.setattr(trials, "LARGER", {"num_decoder_layers": 2})
   monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 20})

@@ -50,6 +50,7 @@ TASKS = {
 }
 # On every task and with every seed: GKD, and two of GSM8K's best, at T = 0 and, of those, at T = 1 (docs/results.md).
 MAIN = ("on_policy_gkd", "supervised_kd", "jsd/target")
+BEST_GREEDY = "supervised_kd"  # of MAIN, at T = 0
 ONCE = ("lk_lambda",)  # on every task too, with one seed: it aims at acceptance itself
 
 

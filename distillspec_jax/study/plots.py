@@ -7,12 +7,11 @@ from typing import Any
 
 from distillspec_jax.analysis import figures
 from distillspec_jax.study import tables
-from distillspec_jax.study.lines import MAIN, NONE
+from distillspec_jax.study.lines import BEST_GREEDY, MAIN, NONE
 
 Parts = Sequence[Mapping[str, Any]]
 _TAU = {"greedy": "tau_t0_gamma7", "T = 1": "tau_t1_gamma7"}
 _GAINS = {"greedy": "gain_t0_gamma7", "T = 1": "gain_t1_gamma7"}
-SHOWN = MAIN[1]  # whose gain on each row of a mixture is drawn: the best of greedy decoding
 
 
 def draw(parts: Parts) -> dict[str, bytes]:
@@ -44,7 +43,7 @@ def _run(recipe: str, seeds: Parts, key: str) -> dict[str, Any]:
 def _rows(lines: Parts) -> dict[str, bytes]:
   """Draw the gain of each row of a mixture that the drafts were transferred to, mean over seeds."""
   recipes, drawn = tables.by_recipe(lines), {}
-  seeds = recipes.get(SHOWN, [])
+  seeds = recipes.get(BEST_GREEDY, [])
   for name in seeds[0]["transfer"] if seeds else ():
     rows = [line["transfer"][name]["rows"] for line in seeds if "rows" in line["transfer"][name]]
     if rows:
@@ -62,7 +61,7 @@ def _gains(seeds: Sequence[Mapping[str, Mapping[str, Any]]]) -> bytes:
       axes.plot(values, range(len(order)), "o", color=theme.series[series], label=title)
     axes.axvline(0, color=theme.ink, lw=1, ls=":")
     axes.set_yticks(range(len(order)), order, fontsize=6.5)
-    axes.set_xlabel(f"gain in τ of {SHOWN}, γ = 7, %")
+    axes.set_xlabel(f"gain in τ of {BEST_GREEDY}, γ = 7, %")
 
   return figures.draw(drawing, figures.LIGHT)
 

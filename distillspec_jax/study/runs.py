@@ -71,7 +71,7 @@ def _measured_on(stage: Stage, line: Line) -> list[str]:
 
 
 def _base(stage: Stage, line: Line, task: str):
-  return None if line.recipe == NONE else stage.base(stage.draft_of(dataclasses.replace(line, recipe=NONE)), task)
+  return None if line.recipe == NONE else stage.base(stage.start(line.seed), task)
 
 
 def _trial(stage: Stage, trial: Trial) -> dict[str, Any]:

@@ -59,11 +59,12 @@ class Stage:
   def draft_of(self, line: Line) -> str:
     """Return the directory of a line's draft: fine-tuned, or distilled from the target."""
     if line.recipe == NONE:
-      return self._draft(line.seed)
-    start, target = self._draft(line.seed), None if line.recipe == "sft" else self.target()
+      return self.start(line.seed)
+    start, target = self.start(line.seed), None if line.recipe == "sft" else self.target()
     return self.distilled(line.name.removeprefix(f"{line.task}-"), line.recipe, target, start, line.seed, DRAFT_RATE)
 
-  def _draft(self, seed: int) -> str:
+  def start(self, seed: int) -> str:
+    """Return the directory of a seed's fine-tuned draft, from which its distillations begin."""
     return self.fine_tuned(f"{NONE}-{seed}", self.task.draft, self.config.draft_steps, seed, DRAFT_RATE)
 
   def fine_tuned(

@@ -12,20 +12,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from distillspec_jax import weights
 from distillspec_jax.analysis import gamma_choice, latency, measure
 from distillspec_jax.analysis.costs import Pair
 from distillspec_jax.study import lines
-from distillspec_jax.study.lines import MAIN, NONE, Line
+from distillspec_jax.study.lines import BEST_GREEDY, MAIN, NONE, Line
 from distillspec_jax.study.stage import BATCH, DRAFT_RATE, TARGET_RATE, Stage, silently
 
 # At T = 0 there is no distribution to be lenient with: the three rules are one.
 LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
-LARGER = {"num_decoder_layers": 12}  # than the mini target's 6: nearly twice its parameters
+LARGER = {"num_decoder_layers": 14}  # than the mini target's 6: twice its parameters
 LONGER = 4  # times the table's updates
-LIMITED = MAIN[1]  # the recipe whose settings are varied: the best of greedy decoding
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
   "rate-halved": {"LEARNING_RATE": DRAFT_RATE / 2},
   "rate-doubled": {"LEARNING_RATE": DRAFT_RATE * 2},
@@ -55,7 +55,7 @@ def lossy(stage: Stage) -> list[dict[str, Any]]:
 
 
 def larger_target(stage: Stage) -> dict[str, Any]:
-  """Put the drafts, distilled from the target, before a target about twice as large, trained alone on the same data.
+  """Put the drafts, distilled from the target, before a target twice as large, trained alone on the same data.
 
   Returns:
     {"parameters": of both targets, "lines": [{"recipe", "seed", "measured": what `Stage.measured` gives}]}.
@@ -67,8 +67,7 @@ def larger_target(stage: Stage) -> dict[str, Any]:
   found: dict[str, Any] = {"parameters": {"target": _size(usual), "larger": _size(params)}, "lines": []}
   for line in lines.main_lines(stage.task.name, stage.config.seeds):
     pair = Pair(larger, params, *weights.load_model(stage.draft_of(line)))
-    start = stage.draft_of(dataclasses.replace(line, recipe=NONE))
-    base = None if line.recipe == NONE else stage.base(start, stage.task.name, name, directory)
+    base = None if line.recipe == NONE else stage.base(stage.start(line.seed), stage.task.name, name, directory)
     measured = stage.measured(pair, stage.task.name, name, base)
     found["lines"].append({"recipe": line.recipe, "seed": line.seed, "measured": measured})
   return found
@@ -82,7 +81,7 @@ def longer(stage: Stage) -> dict[str, Any]:
   Returns:
     {"lines": [{"recipe", "steps", "seed", "measured": what `Stage.measured` gives}]}.
   """
-  steps, start = LONGER * stage.config.distill_steps, stage.draft_of(Line(stage.task.name, NONE, 0))
+  steps, start = LONGER * stage.config.distill_steps, stage.start(0)
   found = []
   for recipe in MAIN[:2]:
     line = _varied(stage, f"longer-{recipe.replace('/', '_')}", recipe, start, {"TRAIN_STEPS": steps})
@@ -96,23 +95,25 @@ def limits(stage: Stage) -> dict[str, Any]:
   Returns:
     {"method": the recipe, "draft_parameters": of both drafts, "lines": [{"recipe": the setting, "seed", "measured"}]}.
   """
-  task = stage.task
-  start = stage.draft_of(Line(task.name, NONE, 0))
+  task, start = stage.task, stage.start(0)
   larger = stage.fine_tuned("larger-draft", task.draft, stage.config.draft_steps, 0, DRAFT_RATE, LARGER_DRAFT)
-  measured = {name: _varied(stage, name, LIMITED, start, changes) for name, changes in SETTINGS.items()}
-  measured["skd"] = _varied(stage, "skd-0", "skd", start, {})
+  measured = {name: _varied(stage, name, BEST_GREEDY, start, changes) for name, changes in SETTINGS.items()}
+  measured["skd"] = _gained(stage, stage.draft_of(Line(task.name, "skd", 0)), start)
   measured["larger draft, none"] = stage.measured(_pair(stage.target(), larger), task.name)
-  measured["larger draft"] = _varied(stage, "larger-draft-distilled", LIMITED, larger, {})
+  measured["larger draft"] = _varied(stage, "larger-draft-distilled", BEST_GREEDY, larger, {})
   sizes = {name: _size(weights.load_model(draft)[1]) for name, draft in {"usual": start, "larger": larger}.items()}
   lines = [{"recipe": name, "seed": 0, "measured": of} for name, of in measured.items()]
-  return {"method": LIMITED, "draft_parameters": sizes, "lines": lines}
+  return {"method": BEST_GREEDY, "draft_parameters": sizes, "lines": lines}
 
 
 def _varied(stage: Stage, name: str, recipe: str, start: str, changes: Mapping[str, Any]) -> dict[str, Any]:
   """Distil a draft with changed settings and measure it against the draft it was."""
-  target = stage.target()
-  draft = stage.distilled(name, recipe, target, start, 0, DRAFT_RATE, changes)
-  return stage.measured(_pair(target, draft), stage.task.name, base=stage.base(start, stage.task.name))
+  return _gained(stage, stage.distilled(name, recipe, stage.target(), start, 0, DRAFT_RATE, changes), start)
+
+
+def _gained(stage: Stage, draft: str, start: str) -> dict[str, Any]:
+  base = stage.base(start, stage.task.name)
+  return stage.measured(_pair(stage.target(), draft), stage.task.name, base=base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +127,12 @@ class _Rung:
 def ladder(stage: Stage) -> dict[str, Any]:
   """Teach a smaller target by the large one first, then distil a draft for it: quality against latency, greedy.
 
-  Every rung decodes the same prompts one by one, in turns with the others; γ is what `choose_gamma` gives for it.
-  Relative latency is a rung's time a prompt over that of the smallest model's plain decoding.
+  Every rung decodes the same prompts one by one, in turns with the others; γ is what `choose_gamma` gives for it on
+  other prompts. Relative latency is a rung's time a prompt over that of the smallest model's plain decoding.
   """
   rungs = _rungs(stage)
   examples = stage.examples(stage.task.name, stage.config.prompts)
-  timed = examples.encoder_input_tokens[:TIMED_PROMPTS]
+  timed, others, _ = np.split(examples.encoder_input_tokens, (TIMED_PROMPTS, 2 * TIMED_PROMPTS))
   loaded = {path: weights.load_model(path) for rung in rungs.values() for path in (rung.target, rung.draft) if path}
   found, calls = {}, {}
   for name, rung in rungs.items():
@@ -142,7 +143,7 @@ def ladder(stage: Stage) -> dict[str, Any]:
       found[name] |= _decoded(stage, examples, pair, config, measure.decode_plain)
       calls[name] = functools.partial(measure.decode_plain, pair, timed, config, silently)
       continue
-    choice = gamma_choice.choose_gamma(pair, timed, config)
+    choice = gamma_choice.choose_gamma(pair, others, config)
     config = dataclasses.replace(config, gamma=choice.gamma)
     found[name] |= {"gamma": choice.gamma, "alpha": choice.alpha, "draft_parameters": _size(pair.draft_params)}
     found[name] |= _decoded(stage, examples, pair, config)
@@ -151,7 +152,7 @@ def ladder(stage: Stage) -> dict[str, Any]:
   shortest = timings["small"].median_ms
   for name, timing in timings.items():
     found[name] |= {"ms_a_prompt": timing.median_ms / len(timed), "relative_latency": timing.median_ms / shortest}
-  return {"rungs": found, "timed_prompts": len(timed), "rounds": TIMED_ROUNDS}
+  return {"method": BEST_GREEDY, "rungs": found, "timed_prompts": len(timed), "rounds": TIMED_ROUNDS}
 
 
 def _decoded(stage: Stage, examples, pair: Pair, config, decode=measure.decode_speculatively) -> dict[str, Any]:
@@ -167,9 +168,8 @@ def _decoded(stage: Stage, examples, pair: Pair, config, decode=measure.decode_s
 
 def _rungs(stage: Stage) -> dict[str, _Rung]:
   """Train what the ladder stands on; the small model is the draft itself."""
-  name, method = stage.task.name, MAIN[0]
-  large, small = stage.target(), stage.draft_of(Line(name, NONE, 0))
-  small_taught = stage.draft_of(Line(name, method, 0))
+  method, large, small = BEST_GREEDY, stage.target(), stage.start(0)
+  small_taught = stage.draft_of(Line(stage.task.name, method, 0))
   middle = stage.fine_tuned("middle", stage.task.target, stage.config.target_steps, 0, TARGET_RATE, MIDDLE)
   taught = stage.distilled("middle-taught", method, large, middle, 0, TARGET_RATE)
   draft = stage.distilled("draft-for-middle", method, taught, small, 0, DRAFT_RATE)
