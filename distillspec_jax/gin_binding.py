@@ -3,7 +3,8 @@
     --gin_file=runs/distill.gin --gin.MODEL_DIR="'runs/distill'" --gin.TrainConfig.steps=700
 
 Files are looked for as given, then in the gin_configs/ that is shipped with the package. A key that nothing reads
-is an error, a macro (upper-case name) that nothing reads too. The core never imports this module.
+is an error, a macro (upper-case name) that nothing reads too; and so is a binding of the command line that the run
+would not come to read. The core never imports this module.
 """
 
 from __future__ import annotations
@@ -52,8 +53,11 @@ def from_flags(flag_values: flags.FlagValues) -> tuple[list[str], list[str]]:
   return flag_values.gin_file, flag_values.gin_bindings
 
 
-def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> list[str]:
   """Read gin files, then bindings ("NAME = VALUE"), into a fresh configuration and lock it.
+
+  Returns:
+    The texts that were read.
 
   Raises:
     ConfigError: a missing file, a key or macro that nothing reads, a value that cannot be read, a macro without
@@ -70,6 +74,7 @@ def parse(files: Sequence[str], bindings: Sequence[str] = ()) -> None:
   _check_macros(texts)
   with _clear_errors("the gin configuration"):
     gin.finalize()
+  return texts
 
 
 def bound(configurable: Callable, files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[Any, str]:
@@ -79,14 +84,17 @@ def bound(configurable: Callable, files: Sequence[str], bindings: Sequence[str] 
     What it returns, and the operative configuration as text.
 
   Raises:
-    ConfigError: what `parse` says, or the configurable itself.
+    ConfigError: what `parse` says, or the configurable itself; or a binding that it did not come to read, such as a
+      macro whose reader another file has set otherwise.
   """
   try:
-    parse(files, bindings)
+    texts = parse(files, bindings)
     try:
       result = configurable()
     except ConfigError as error:
       raise ConfigError(one_line(error)) from None  # gin adds where it was called from
+    for binding in bindings:
+      _check_was_read(binding, texts)
     return result, gin.operative_config_str()
   finally:
     gin.clear_config()
@@ -178,6 +186,28 @@ def _check_macros(texts: Iterable[str]) -> None:
   for name in set_:
     if name not in used:
       raise ConfigError(f"unknown gin key {name!r}: nothing reads it{near(name, sorted(used))} (macros: {_list(used)})")
+
+
+def _check_was_read(binding: str, texts: Iterable[str]) -> None:
+  """Refuse a binding of the command line that changed nothing."""
+  name, equals, _ = binding.partition("=")
+  name = name.strip()
+  read = gin.config._OPERATIVE_CONFIG  # gin offers it as text only
+  if not equals or (name, "gin.macro") in read:
+    return
+  configurable, dot, parameter = name.rpartition(".")
+  if not dot:
+    reader = re.compile(rf"^\s*([\w./]+)\s*=.*%{re.escape(name)}\b", re.MULTILINE)
+    for_ = dict.fromkeys(key for text in texts for key in reader.findall(_without_comments(text)))
+    raise ConfigError(
+      f"--gin.{name} changes nothing: {' and '.join(for_)} would read it, and these gin files set or use that otherwise:"
+      " leave it out, or give other gin files"
+    )
+  kind = configurable.rpartition("/")[2].rpartition(".")[2]
+  if not any(parameter in values for (_, selector), values in read.items() if selector.rpartition(".")[2] == kind):
+    raise ConfigError(
+      f"--gin.{name} changes nothing: nothing in these gin files uses @{kind}: leave it out, or give other gin files"
+    )
 
 
 def _without_comments(text: str) -> str:

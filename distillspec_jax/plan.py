@@ -26,6 +26,7 @@ import jax
 from absl import flags
 
 from distillspec_jax import gin_binding, models, weights
+from distillspec_jax.distillation import precision
 from distillspec_jax.planning import page, planner, topologies
 from distillspec_jax.planning.request import Request
 from distillspec_jax.types import ConfigError
@@ -101,6 +102,9 @@ def request_from_gin(
     student = models.from_config(arguments["model"])
   if student is None:
     raise ConfigError("nothing to train: give --draft_model, train.model or train.initial_checkpoint")
+  if dtype := arguments.get("dtype"):
+    precision.check_dtype("train.dtype", dtype)
+    student = precision.of_dtype(student, dtype, student.config.param_dtype)
   teacher = _described("target", arguments.get("target"), target_model)
   if method.needs_target and teacher is None:
     raise ConfigError(f"method {method.name!r} needs a target: give --target_model or train.target")

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from distillspec_jax import gin_binding, models, training_setup, weights
+from distillspec_jax import gin_binding, models, run_record, training_setup, weights
 from distillspec_jax.data import pipeline
 from distillspec_jax.distillation import best, costs, loop, methods, optimizers, step, target_check, validation
 from distillspec_jax.parallel import mesh as meshes
@@ -43,6 +43,7 @@ def train(
   initial_checkpoint: str | None = None,
   target: str | None = None,
   evaluation_target: str | None = None,
+  dtype: str | None = None,
   target_dtype: str | None = None,
   evaluation_split: str = "validation",
   config_text: str = "",
@@ -56,10 +57,13 @@ def train(
     optimizer: how parameters move.
     loop_config: how long, and when to validate and save.
     mesh_config: the devices' mesh.
-    model: the network to train from scratch; not looked at where `initial_checkpoint` is given.
+    model: the network to train from scratch; where `initial_checkpoint` is given, a network that differs from the
+      checkpoint's is named and not looked at.
     initial_checkpoint: the model directory to start from.
     target: the teacher's model directory; needed by every method but sft.
     evaluation_target: the model whose outputs α is measured on; the teacher by default.
+    dtype: that the trained network computes in, "bfloat16" or "float32", whatever it was saved or described in; its
+      parameters are float32 where they come from a checkpoint, else as `model` says.
     target_dtype: of the teacher's parameters and matrices, whatever it was saved in: "bfloat16" halves its memory.
     evaluation_split: the task's split with the held-out prompts.
     config_text: written to MODEL_DIR/config.gin.
@@ -84,12 +88,15 @@ def train(
       initial_checkpoint=initial_checkpoint,
       target=target,
       evaluation_target=evaluation_target,
+      dtype=dtype,
       target_dtype=target_dtype,
       evaluation_split=evaluation_split,
     )
-    weights.save_description(setup.directory, setup.student.model)
-    if multihost.is_first():
-      (setup.directory / "config.gin").write_text(config_text)
+    looked = None
+    if setup.teacher:
+      looked = target_check.look(setup.teacher.model, setup.teacher.params, setup.mesh, setup.teacher.directory)
+    # Only now, when nothing is refused any more: a record would stand in the way of the corrected command.
+    run_record.begin(setup.directory, setup.record, setup.student.model, looked, config_text)
     optimizing = optimizer.build(loop_config.steps)
     checkpoints = weights.RunCheckpoints(setup.directory, keep=loop_config.keep_checkpoints)
     try:
@@ -151,8 +158,6 @@ def _resumed(
   restored = checkpoints.restore_latest(_placed_abstract_state(student.model, tx, setup.mesh))
   state, saved, _ = restored or (None, None, 0)
   parts = _parts(setup, data, step_config, loop_config, optimizer, checkpoints, saved)
-  if setup.teacher:
-    target_check.require_finite_logits(setup.teacher.model, setup.teacher.params, setup.mesh)
   _announce(setup, data)
   if state is None:
     state = _first_state(student, tx, loop_config.seed, setup.mesh)
@@ -188,6 +193,7 @@ def _parts(
       rows=share.rows,
     ),
     target_params=teacher and teacher.params,
+    target_name=teacher.directory if teacher else loop.Parts.target_name,
     checkpoints=checkpoints,
     validation=held,
     best=_best(setup, loop_config, held),
@@ -252,6 +258,7 @@ def _announce(setup: training_setup.Setup, data: pipeline.DataConfig) -> None:
   size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(student.model.abstract_params()))
   origin = f"from {student.directory}" if student.directory else "from scratch"
   lines = [f"training {size:,} parameters {origin} on {data.task}"]
+  lines.append(run_record.method_of(setup.record))
   if teacher is not None:
     lines.append(f"target {teacher.directory}")
   devices = jax.devices()

@@ -6,7 +6,6 @@ Everything that cannot work is refused here, in one line, before anything is com
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 import time
@@ -17,16 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from distillspec_jax import models, weights
+from distillspec_jax import models, run_record, weights
 from distillspec_jax.data import eval_set, lookup, pipeline, vocabularies
 from distillspec_jax.decoding.speculative import check_pair
-from distillspec_jax.distillation import loop, methods, optimizers, step
+from distillspec_jax.distillation import loop, methods, optimizers, precision, step
 from distillspec_jax.parallel import mesh as meshes
 from distillspec_jax.parallel import multihost, partitioning
 from distillspec_jax.types import ConfigError, Params
-from distillspec_jax.weights import integrity, vocabulary_files
+from distillspec_jax.weights import vocabulary_files
 
-RUN = "run.json"
 _SEEN_WITHIN = 15.0  # seconds: network file systems show a new file to others with a delay
 
 _Place = tuple[jax.sharding.Mesh | None, str]  # a mesh, and which of partitioning.TABLES a model follows on it
@@ -59,6 +57,7 @@ class Setup:
     judge: what α is measured against, or None.
     vocabulary_dir: the run's vocabulary.
     held_out: prompts and references of validations, or None.
+    record: what kind of run it is, for `run_record.begin`.
   """
 
   directory: pathlib.Path
@@ -68,6 +67,7 @@ class Setup:
   judge: Side | None
   vocabulary_dir: str
   held_out: Mapping[str, np.ndarray] | None
+  record: Mapping[str, Any]
 
 
 def prepare(
@@ -82,6 +82,7 @@ def prepare(
   initial_checkpoint: str | None,
   target: str | None,
   evaluation_target: str | None,
+  dtype: str | None,
   target_dtype: str | None,
   evaluation_split: str,
 ) -> Setup:
@@ -90,6 +91,8 @@ def prepare(
   Raises:
     ConfigError: anything given cannot work.
   """
+  precision.check_dtype("train.dtype", dtype)
+  precision.check_dtype("train.target_dtype", target_dtype)
   directory = weights.ensure_writable(model_dir)
   _check_shared(directory)
   mesh = _mesh(mesh_config, data.batch_size, step_config.accumulate)
@@ -101,13 +104,15 @@ def prepare(
   given = [initial_checkpoint, target, evaluation_target]
   vocabulary_dir = multihost.from_first("the vocabulary", lambda: choose_vocabulary(directory, data, given))
   held_out = _held_out(data, loop_config, evaluation_split, vocabulary_dir)
-  student = _student(model, initial_checkpoint, (mesh, mesh_config.draft_partitioning))
+  student = _student(model, initial_checkpoint, (mesh, mesh_config.draft_partitioning), dtype)
   of_target = (mesh, mesh_config.target_partitioning)
   teacher = _teacher(target, step_config.method, of_target, target_dtype)
   judge = _load(evaluation_target, of_target) if evaluation_target else teacher
   _check_models(data, step_config, vocabulary_dir, student, teacher, judge)
-  _check_same_run(directory, data, step_config, optimizer, teacher)
-  return Setup(directory, mesh, student, teacher, judge, vocabulary_dir, held_out)
+  weights.check_description(directory, student.model)
+  record = run_record.record_of(step_config.method, data.task, optimizer.name, teacher and teacher.model)
+  run_record.check(directory, record)
+  return Setup(directory, mesh, student, teacher, judge, vocabulary_dir, held_out, record)
 
 
 def _check_models(
@@ -206,7 +211,7 @@ def choose_vocabulary(directory: pathlib.Path, data: pipeline.DataConfig, given:
     with tempfile.TemporaryDirectory() as folder:
       vocabularies.save(vocabularies.given(data.vocabulary), folder)
       vocabulary_files.copy(folder, directory)  # refused where it is another than the models'
-  elif not folders and not (directory / RUN).is_file():  # a run that has begun keeps the vocabulary it began with
+  elif not folders and not run_record.exists(directory):  # a run that has begun keeps the vocabulary it began with
     vocabulary_files.refuse_foreign(*given)
     if given:
       multihost.say(f"the models carry no vocabulary: taking that of {data.task}")
@@ -232,12 +237,31 @@ def _held_out(
   return {name: getattr(examples, name) for name in ("encoder_input_tokens", "decoder_target_tokens")}
 
 
-def _student(model: models.T5Config | models.DecoderLMConfig | None, directory: str | None, place: _Place) -> Side:
+def _student(
+  config: models.T5Config | models.DecoderLMConfig | None, directory: str | None, place: _Place, dtype: str | None
+) -> Side:
   if directory:
-    return _load(directory, place)
-  if model is None:
+    model, params = precision.trained(*weights.load_model(directory, mesh=place[0]), dtype)
+    _say_what_is_not_looked_at(config, model, directory)
+    return Side(*partitioning.lay_out(model, params, *place), directory)
+  if config is None:
     raise ConfigError("nothing to train: give train.model (a configuration) or train.initial_checkpoint (a directory)")
-  return Side(partitioning.lay_out(models.from_config(model), None, *place)[0])
+  model = models.from_config(config)
+  if dtype:
+    model = precision.of_dtype(model, dtype, config.param_dtype)
+  return Side(partitioning.lay_out(model, None, *place)[0])
+
+
+def _say_what_is_not_looked_at(config, model: models.LanguageModel, directory: str) -> None:
+  """Tell who configured a network beside a checkpoint that the checkpoint's is trained."""
+  if config is None or config == model.config:
+    return
+  kind, own = type(config).__name__, vars(model.config)
+  differing = [name for name, value in vars(config).items() if value != own.get(name)]
+  multihost.say(
+    f"train.model is not looked at, the network is that of {directory}; they differ in"
+    f" {', '.join(f'{kind}.{name}' for name in differing)}"
+  )
 
 
 def _teacher(target: str | None, method: methods.Method, place: _Place, dtype: str | None) -> Side | None:
@@ -254,7 +278,7 @@ def _teacher(target: str | None, method: methods.Method, place: _Place, dtype: s
 
 
 def _load(directory: str, place: _Place, dtype: str | None = None) -> Side:
-  model, params = step.frozen(*weights.load_model(directory, mesh=place[0]), dtype)
+  model, params = precision.frozen(*weights.load_model(directory, mesh=place[0]), dtype)
   return Side(*partitioning.lay_out(model, params, *place), directory)
 
 
@@ -270,7 +294,10 @@ def _check_vocabulary_fits(vocabulary_dir: str, sides: Mapping[str, Side | None]
   sizes = {name: model.vocab_size for name, model in present.items()}
   if len(set(sizes.values())) > 1:
     listed = ", ".join(f"{name} {number}" for name, number in sizes.items())
-    raise ConfigError(f"the models' vocab_size must be the same: {listed}")
+    raise ConfigError(
+      f"the models' vocab_size must be the same: {listed}; fine-tune a draft with the target's (T5Config.vocab_size or"
+      " DecoderLMConfig.vocab_size), or choose another pair"
+    )
 
 
 def _check_positions(
@@ -286,45 +313,3 @@ def _check_positions(
         f"the {name} has {most} positions, too few for {inputs} tokens in and {outputs} out: lower"
         " INPUT_LENGTH or TARGET_LENGTH"
       )
-
-
-def _check_same_run(
-  directory: pathlib.Path,
-  data: pipeline.DataConfig,
-  step_config: step.StepConfig,
-  optimizer: optimizers.OptimizerConfig,
-  teacher: Side | None,
-) -> None:
-  """Refuse to go on with a run of another kind; what may change in between (rate, length) is not looked at."""
-  kind = {
-    "method": dataclasses.asdict(step_config.method),
-    "task": data.task,
-    "optimizer": optimizer.name,
-    "target": teacher and teacher.model.describe(),
-  }
-  kind = json.loads(json.dumps(kind))
-  path = directory / RUN
-  if path.is_file():
-    found = _read_run(path)
-    for name, value in kind.items():
-      if found.get(name) != value:
-        was, now = (_short(name, part) for part in (found.get(name), value))
-        raise ConfigError(f"{directory} holds a run with {name} {was}, this one has {now}: choose another MODEL_DIR")
-  elif multihost.is_first():
-    integrity.write_atomically(path, json.dumps(kind, indent=2).encode() + b"\n")
-
-
-def _read_run(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON ({error}): it is damaged; choose another MODEL_DIR") from error
-  if not isinstance(found, dict):
-    raise ConfigError(f"{path} is not what a run writes: it should hold one object; choose another MODEL_DIR")
-  return found
-
-
-def _short(name: str, value: Any) -> str:
-  if name == "method" and value:
-    return f"{value['name']} ({value['divergence']}, {value['fixed_data_fraction']}, {value['draft_data_fraction']})"
-  return json.dumps(value)

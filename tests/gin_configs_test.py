@@ -86,6 +86,30 @@ def test_distillspecs_grid_is_two_macros():
     bound(["runs/distill.gin"], ["MODEL_DIR = 'out'", "SOURCE = 'student'"])
 
 
+@pytest.mark.parametrize(
+  "files, binding, message",
+  [
+    (["methods/on_policy_gkd.gin"], "DIVERGENCE = 'rkl'", "--gin.DIVERGENCE changes nothing: Method.divergence would"),
+    (["methods/imitkd.gin"], "SOURCE = 'data'", "fixed_data_fraction.source and draft_data_fraction.source would read"),
+    ([], "T5Config.dtype = 'bfloat16'", "--gin.T5Config.dtype changes nothing: nothing in these gin files uses @T5Config"),
+  ],
+)
+def test_a_binding_that_the_run_would_not_read_is_an_error(files, binding, message):
+  with pytest.raises(gin_binding.ConfigError) as caught:
+    train.arguments_from_gin(["runs/distill.gin", *files], ["MODEL_DIR = 'out'", binding])
+  assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_the_run_reads_is_no_error(tmp_path):
+  """Macros that methods of another file do not read may stand in files: they are defaults."""
+  read = ["MODEL_DIR = 'out'", "import json", "DIVERGENCE = 'rkl'", "distillspec_jax.TrainConfig.steps = 3"]
+  arguments = train.arguments_from_gin(["runs/distill.gin"], [*read, "fixed_data_fraction.source = 'data'"])
+  assert arguments["step_config"].method.divergence == "rkl" and arguments["loop_config"].steps == 3
+  assert arguments["step_config"].method.fixed_data_fraction == 1.0
+  other = train.arguments_from_gin(["runs/distill.gin", "methods/skd.gin"], ["MODEL_DIR = 'out'"])
+  assert other["step_config"].method.interleave
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.gin")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_value_is_bound_twice_in_one_file(path):
   keys = re.findall(r"^([\w./]+) *=", path.read_text(), flags=re.MULTILINE)

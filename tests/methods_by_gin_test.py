@@ -176,11 +176,12 @@ BAD = {
   "no such target": ("seqkd", "TARGET = '/nowhere'", "model directory /nowhere does not exist"),
   "empty target": ("skd", "TARGET = 'BAD'", "is no model directory"),
   "no target": ("f_distill", "TARGET = None", "method 'f_distill' needs a target to learn from: set train.target"),
-  "vocabulary of another size": ("lk_alpha", "TARGET = 'BAD/larger'", "must be the same: model 2560, target 2688"),
+  "vocabulary of another size": ("lk_alpha", "TARGET = 'BAD/larger'", "must be the same: model 2560, target 2688, evaluation_target 2688; fine-tune"),
   "other vocabulary": ("supervised_kd", "TARGET = 'BAD/other_vocabulary'", "the vocabularies differ"),
-  "target with NaN": ("on_policy_gkd", "TARGET = 'BAD/nan'", "the target's logits are NaN or infinite"),
-  "NaN that is only sampled": ("seqkd", "TARGET = 'BAD/nan'", "the target's logits are NaN or infinite"),
-  "logits that overflow": ("seqkd", "TARGET = 'BAD/overflow'", "the target's logits are NaN or infinite"),
+  "target with NaN": ("on_policy_gkd", "TARGET = 'BAD/nan'", "parameters hold NaN or infinity: take another checkpoint of BAD"),
+  "NaN that is only sampled": ("seqkd", "TARGET = 'BAD/nan'", "the target's parameters hold NaN or infinity"),
+  "logits that overflow": ("seqkd", "TARGET = 'BAD/overflow'", "a short text: look at the weights of BAD/overflow"),
+  "method": ("imitkd", "Method.name = 'gkdd'", "unknown method 'gkdd'; there are sft, seqkd, supervised_kd"),
 }
 
 
@@ -190,8 +191,36 @@ def test_bad_input_is_one_line_before_the_first_step(case, pair, bad, tmp_path, 
   with pytest.raises(ConfigError) as caught:
     distill(tmp_path / "out", pair, binding.replace("BAD", str(bad)), method=method)
   text = str(caught.value)
-  assert expected in text and "\n" not in text, text
-  assert not any((tmp_path / "out").glob("checkpoints/*"))
+  assert expected.replace("BAD", str(bad)) in text and "\n" not in text, text
+  assert not any((tmp_path / "out" / name).exists() for name in ("checkpoints", "run.json", "model.json"))
+
+
+def test_a_refused_run_does_not_stand_in_the_corrected_ones_way(pair, bad, tmp_path, no_step):
+  with pytest.raises(ConfigError, match="the target's logits are NaN"):
+    distill(tmp_path, pair, f"TARGET = {str(bad / 'overflow')!r}", method="skd")
+  with pytest.raises(AssertionError, match="came as far as the first step"):
+    distill(tmp_path, pair, method="imitkd")
+
+
+def test_a_target_of_the_same_shape_with_other_weights(pair, tmp_path, no_step):
+  model, _ = weights.load_model(pair / "target")
+  vocabulary = weights.vocabulary_dir(pair / "target")
+  weights.save_model(tmp_path / "other", model, random_params(model, np.random.default_rng(1)), vocabulary)
+  for _ in range(2):  # begun, and gone on with
+    with pytest.raises(AssertionError, match="came as far as the first step"):
+      distill(tmp_path / "out", pair, method="imitkd")
+  with pytest.raises(ConfigError, match="holds a run whose target had other weights .* choose another MODEL_DIR"):
+    distill(tmp_path / "out", pair, macro("TARGET", tmp_path / "other"), method="imitkd")
+
+
+def test_a_network_beside_a_checkpoint_is_not_passed_over_in_silence(pair, tmp_path, no_step, capsys):
+  start = [*SHAPE, macro("INITIAL_CHECKPOINT", pair / "draft")]
+  for more, said in (([], False), (["T5Config.dtype = 'bfloat16'", "T5Config.mlp_dim = 20"], True)):
+    with pytest.raises(AssertionError, match="came as far as the first step"):
+      finetune(tmp_path / str(said), *start, *more)
+    text = capsys.readouterr().out
+    assert ("train.model is not looked at" in text) == said
+    assert ("they differ in T5Config.mlp_dim, T5Config.dtype" in text) == said
 
 
 def test_good_input_does_come_to_the_first_step(pair, tmp_path, no_step):

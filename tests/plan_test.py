@@ -190,9 +190,12 @@ def test_models_come_from_flags_directories_and_names(tmp_path, tiny, monkeypatc
   monkeypatch.chdir(tmp_path)
   wanted = plan.request_from_gin([RUN], [], **tiny)
   assert (wanted.teacher.config.emb_dim, wanted.student.config.emb_dim) == (64, 32)
-  # What the run says of a network is of train.model alone, in `train` too.
-  same = plan.request_from_gin([RUN], ["T5Config.emb_dim = 128", "T5Config.param_dtype = 'bfloat16'"], **tiny)
-  assert (same.teacher, same.student) == (wanted.teacher, wanted.student)
+  # What the run says of a network is of train.model alone, in `train` too; train.dtype is of any.
+  with pytest.raises(ConfigError, match="T5Config.emb_dim changes nothing: nothing in these gin files uses @T5Config"):
+    plan.request_from_gin([RUN], ["T5Config.emb_dim = 128"], **tiny)
+  cooled = plan.request_from_gin([RUN], ["train.dtype = 'bfloat16'"], **tiny)
+  assert (cooled.student.config.dtype, cooled.student.config.param_dtype) == ("bfloat16", "float32")
+  assert cooled.teacher == wanted.teacher
   named = plan.request_from_gin([RUN], [])
   assert named.teacher == T5(T5Config.named("t5_1_1_xxl", dtype="bfloat16"))
   assert named.student == T5(T5Config.named("t5_1_1_small", dtype="bfloat16"))
@@ -224,6 +227,7 @@ def test_models_come_from_flags_directories_and_names(tmp_path, tiny, monkeypatc
     ([RUN], ["StepConfig.method = 'skd'"], {}, r"StepConfig.method = 'skd': expected @Method\(\)"),
     (["runs/finetune.gin"], ["StepConfig.target_length = 8"], {}, "target_length is 32 and StepConfig.target_length 8"),
     (["runs/finetune.gin"], ["train.target = 'runs/t5_1_1_xl'"], {}, "'sft' learns from the data alone"),
+    ([RUN], ["train.dtype = 'int8'"], {"draft_model": "t5_small"}, "train.dtype is 'int8'; there are float32, bfloat16"),
     (["runs/finetune.gin"], ["DataConfig.pack = True"], {}, "packed rows are not planned for"),
     (["runs/distill_xxxl.gin"], [], {}, "no gin file 'runs/distill_xxxl.gin'"),
   ],

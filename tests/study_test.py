@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import zlib
 
 import jax
@@ -13,7 +14,7 @@ pytest.importorskip("seqio", reason="the study trains from tasks")
 import tiny_task  # noqa: E402, F401
 
 from distillspec_jax import train, training_setup, weights  # noqa: E402
-from distillspec_jax.study import door, plots, runs, stage, tables, trials  # noqa: E402
+from distillspec_jax.study import config, door, plots, runs, stage, tables, trials  # noqa: E402
 from distillspec_jax.study import lines as study_lines  # noqa: E402
 from distillspec_jax.study.lines import Line, StudyTask, Trial  # noqa: E402
 from distillspec_jax.types import ConfigError  # noqa: E402
@@ -61,8 +62,7 @@ def small(tmp_path, monkeypatch):
   """A study of one tiny task with two recipes and one trial."""
   for name, width in (("t5_target", 24), ("t5_draft", 16)):
     (tmp_path / f"{name}.gin").write_text(MINI.format(width=width))
-  files = (str(tmp_path / "t5_target.gin"), str(tmp_path / "t5_draft.gin"))
-  tasks = {"tiny_judged": StudyTask("tiny_judged", 8, 4, 8, *files, transfer="tiny_other_vocabulary")}
+  tasks = {"tiny_judged": StudyTask("tiny_judged", 8, 4, 8, transfer="tiny_other_vocabulary")}
   for module in (study_lines, stage):
     monkeypatch.setattr(module, "TASKS", tasks)
   monkeypatch.setattr(study_lines, "TRIALS", (Trial("tiny_judged", "larger_target"),))
@@ -73,9 +73,8 @@ def small(tmp_path, monkeypatch):
   monkeypatch.setattr(trials, "LOSSY", ((1.0, "lossy_lin"), (1.0, "lossy_exp"), (0.0, "lossy_exp")))
   monkeypatch.setattr(trials, "LONGER", 2)
   monkeypatch.setattr(trials, "BEST_GREEDY", "tvd/data")
-  monkeypatch.setattr(trials, "LARGER_DRAFT", {"emb_dim": 20})
-  monkeypatch.setattr(trials, "LARGER", {"num_decoder_layers": 2})
-  monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 20})
+  monkeypatch.setattr(trials, "LARGER_DRAFT", {"emb_dim": 1.25})
+  monkeypatch.setattr(trials, "MIDDLE", {"emb_dim": 5 / 6})
   monkeypatch.setattr(trials, "TIMED_PROMPTS", 2)
   monkeypatch.setattr(trials, "TIMED_ROUNDS", 1)
   monkeypatch.setattr(stage, "TEST", "validation")
@@ -85,6 +84,7 @@ def small(tmp_path, monkeypatch):
 def run(folder, *bindings):
   steps = [f"StudyConfig.{kind}_steps = 60" for kind in ("target", "draft", "distill")]
   sizes = ["StudyConfig.seeds = 1", "StudyConfig.prompts = 6"]
+  sizes += [f"StudyConfig.t5_{role} = {str(folder / f't5_{role}.gin')!r}" for role in ("target", "draft")]
   where = [f"OUTPUT_DIR = {str(folder / 'out')!r}", f"RESULTS_DIR = {str(folder / 'results')!r}"]
   return runs.run(door.config_from_gin(["runs/study.gin"], [*where, *steps, *sizes, *bindings]))
 
@@ -161,6 +161,59 @@ def test_every_trial_to_tables_and_plots(small, untrained, monkeypatch):
   assert all(png.startswith(b"\x89PNG") for png in drawn.values())
 
 
+@pytest.fixture
+def done(small):
+  """A study with one finished part, made up, and no models."""
+  known = {name: getattr(door.StudyConfig, name) for name in config.OF_PARTS}
+  networks = {f"t5_{role}": str(small / f"t5_{role}.gin") for role in ("target", "draft")}
+  steps = {f"{kind}_steps": 60 for kind in ("target", "draft", "distill")}
+  part = {"task": "tiny_judged", "recipe": "none", "seed": 0, "name": "tiny_judged-none-0"}
+  path = small / "results" / "tiny_judged-none-0.json"
+  path.parent.mkdir()
+  path.write_text(json.dumps(part | {"study": known | networks | steps | {"prompts": 6}}))
+  return path
+
+
+ONLY = "PARTS = 'tiny_judged-none-0'"
+
+
+def test_finished_parts_of_other_settings_are_refused(done, small, untrained):
+  assert [part["name"] for part in run(small, ONLY)] == [done.stem]
+  for binding, said in (
+    ("StudyConfig.prompts = 5", "was made with StudyConfig.prompts = 6, and this study has 5"),
+    ("StudyConfig.distill_steps = 61", "was made with StudyConfig.distill_steps = 60, and this study has 61"),
+    ("StudyConfig.t5_draft = 'models/t5_1_1_small.gin'", "t5_draft.gin', and this study has 'models/t5_1_1_small.gin'"),
+  ):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+      run(small, ONLY, binding)
+  part = json.loads(done.read_text())
+  del part["study"]["pieces"]  # an old file: made with what is the default now
+  done.write_text(json.dumps(part))
+  assert len(run(small, ONLY)) == 1
+  assert not untrained
+
+
+def test_models_of_other_settings_are_refused(done, small, untrained):
+  run(small, ONLY)
+  done.unlink()
+  with pytest.raises(ConfigError, match=r"study.json was made with StudyConfig.draft_rate = 0.02.* another OUTPUT_DIR"):
+    run(small, ONLY, "StudyConfig.draft_rate = 0.01")
+  assert not untrained
+
+
+@pytest.mark.parametrize("text, message", [
+  ('{"task": "tiny_judged", "rec', "is not JSON .* delete it, and what it held is made again"),
+  ("[]", "holds no JSON object"),
+  ('{"rungs": 3}', "is no part of a study: move it away"),
+  ('{"task": "t", "recipe": "none", "name": "other", "study": {}}', "is no part of a study: move it away"),
+])  # fmt: skip
+def test_what_is_no_finished_part_is_one_line(done, small, untrained, text, message):
+  done.write_text(text)
+  with pytest.raises(ConfigError, match=message) as caught:
+    run(small, ONLY)
+  assert "\n" not in str(caught.value) and not untrained
+
+
 def check_settings(asked):
   """Each trial's trainings differ from the table's in what they are about, and in nothing else."""
   known = {
@@ -195,7 +248,9 @@ def check_trials(found):
   assert [(line["recipe"], line["steps"]) for line in longer] == [("on_policy_gkd", 500), ("tvd/data", 500)]
   limits = found["limits"]
   settings = {line["recipe"]: line["measured"]["alpha_t1"] for line in limits["lines"]}
-  assert list(settings) == [*trials.SETTINGS, "skd", "larger draft, none", "larger draft"]
+  assert list(settings) == [
+    "rate-halved", "rate-doubled", "loss-temperature-0.5", "skd", "larger draft, none", "larger draft",
+  ]  # fmt: skip
   assert limits["draft_parameters"]["larger"] > limits["draft_parameters"]["usual"]
   rungs = found["ladder"]["rungs"]
   assert rungs["small"]["relative_latency"] == 1.0 and len(rungs) == 9
@@ -223,6 +278,7 @@ def test_gains_are_over_the_draft_of_the_same_seed():
 @pytest.mark.parametrize("binding, message", [
   ("PARTS = 'gsm8k-none-0,gsm9k-*'", "no part of the study is called 'gsm9k-\\*'"),
   ("StudyConfig.seeds = 0", "StudyConfig.seeds is 0"),
+  ("StudyConfig.target_rate = 0.0", "StudyConfig.target_rate is 0.0; it must be above 0"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path, binding, message):
   with pytest.raises(ConfigError, match=message):

@@ -226,7 +226,7 @@ BAD = {
   "missing checkpoint": (["INITIAL_CHECKPOINT = '/nowhere'"], "/nowhere does not exist"),
   "method without target": (["Method.divergence = 'fkl'"], "needs a target to learn from"),
   "target without use": (["train.target = 'x'"], "learns from the data alone"),
-  "nothing to train": (["train.model = None"], "nothing to train"),
+  "no network": (["train.model = None"], "changes nothing: nothing in these gin files uses @T5Config"),
   "criterion": (["TrainConfig.best_by = 'bleu'"], "'bleu'"),
   "schedule": (["OptimizerConfig.warmup_steps = 99"], "the cosine starts at step 99 of 6"),
   "other vocabulary": (["TASK = 'tiny_other_vocabulary'", "EVALUATION_TARGET = 'TARGET'", "INITIAL_CHECKPOINT = 'OTHER'"],
@@ -248,6 +248,11 @@ def test_bad_input_is_one_line_before_anything_compiles(case, pair, tmp_path, no
   text = str(caught.value)
   assert expected in text and "\n" not in text, text
   assert not (tmp_path / "out" / "checkpoints").exists() or not any((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_nothing_to_train_is_refused(tmp_path, nothing_compiles):
+  with pytest.raises(ConfigError, match="nothing to train: give train.model .* or train.initial_checkpoint"):
+    train.run_from_gin(["runs/finetune.gin"], [macro("MODEL_DIR", tmp_path), *SMALL, "train.model = None"])
 
 
 def test_a_failed_attempt_leaves_no_vocabulary_to_the_next(tmp_path, nothing_compiles):

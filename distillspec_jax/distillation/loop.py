@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from distillspec_jax import process_memory
@@ -26,6 +25,7 @@ from distillspec_jax.distillation.optimizers import averaged
 from distillspec_jax.distillation.progress import Progress
 from distillspec_jax.distillation.step import TrainState, TrainStep, run_key
 from distillspec_jax.distillation.stopping import Patience
+from distillspec_jax.distillation.target_check import all_finite, require_finite
 from distillspec_jax.distillation.validation import LOSS, Validation
 from distillspec_jax.parallel import multihost, partitioning
 from distillspec_jax.parallel.preemption import Notice, Preempted
@@ -109,6 +109,7 @@ class Parts:
     step: of `step.compile_train_step`.
     batches: stands at the state's place in the data.
     target_params: the teacher's parameters, or None.
+    target_name: what errors call the teacher: its directory.
     checkpoints: where states are saved, or None to save nothing.
     validation: held-out prompts, or None.
     best: keeps the best parameters, or None.
@@ -122,6 +123,7 @@ class Parts:
   step: TrainStep
   batches: Batches
   target_params: Params | None = None
+  target_name: str = "the target"
   checkpoints: RunCheckpoints | None = None
   validation: Validation | None = None
   best: Best | None = None
@@ -159,8 +161,8 @@ def train(
     ConfigError: the data came to an end, or the target's parameters are not finite.
     Preempted: `parts.notice` said to stop; what had been done is saved.
   """
-  if parts.target_params is not None and not bool(_all_finite(parts.target_params)):
-    raise ConfigError("the target's parameters hold NaN or infinity: take another checkpoint of it")
+  if parts.target_params is not None:
+    require_finite(parts.target_params, parts.target_name)
   done, key = int(state.step), run_key(config.seed, parts.mesh)
   run = _Run(config, parts, done, write_scalars)
   try:
@@ -172,7 +174,7 @@ def train(
         break
     return state
   except BrokenTarget as found:
-    raise NonFiniteLoss(_broken_target(str(found), parts.checkpoints)) from None
+    raise NonFiniteLoss(_broken_target(str(found), parts)) from None
   except NonFinite as found:
     raise NonFiniteLoss(_diverged(str(found), parts.checkpoints)) from None
   finally:
@@ -307,7 +309,7 @@ class _Run:
     parts = self._parts
     self._figures.fetch()
     if parts.checkpoints is not None:
-      if not bool(_all_finite(state.params)):
+      if not bool(all_finite(state.params)):
         raise NonFinite(f"a parameter is NaN or infinite at step {step}")
       remembered = {
           "patience": self._patience.state(),
@@ -319,19 +321,14 @@ class _Run:
     self._figures.restart_clock()
 
 
-@jax.jit
-def _all_finite(params: Params) -> jax.Array:
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
-
-
 def _due(every: int, step: int, last: bool) -> bool:
   return bool(every) and (last or step % every == 0)
 
 
-def _broken_target(what: str, checkpoints: RunCheckpoints | None) -> str:
+def _broken_target(what: str, parts: Parts) -> str:
   return (
-      f"{what}: training stopped and nothing of it was saved; {_last_good(checkpoints)}. No setting of the training is"
-      " at fault: look at the target's weights, and take float32 where it computes in bfloat16"
+      f"{what}: training stopped and nothing of it was saved; {_last_good(parts.checkpoints)}. No setting of the training"
+      f" is at fault: look at the weights of {parts.target_name}, and take float32 where it computes in bfloat16"
   )
 
 

@@ -20,6 +20,9 @@ SOURCES: dict[str, tuple[float, float]] = {
     "mixed": (0.0, 0.5),
 }
 DIVERGENCES = ("fkl", "rkl", "jsd", "tvd")  # DistillSpec's four
+NAMES = (
+  "sft", "seqkd", "supervised_kd", "imitkd", "f_distill", "on_policy_gkd", "distillspec", "skd", "lk_lambda", "lk_alpha",
+)  # fmt: skip
 _FRACTIONS = ("fixed_data_fraction", "draft_data_fraction")
 
 
@@ -32,7 +35,8 @@ class Method:
   `schedule_steps` steps and stays there.
 
   Attributes:
-    name: what logs and reports call it.
+    name: what logs and reports call it: one of `NAMES`, with a colon and a word of your own after it where the other
+      fields make another method of it ("imitkd:annealed").
     divergence: a name that `divergences.by_name` knows.
     fixed_data_fraction: λ1 in [0, 1].
     draft_data_fraction: λ2 in [0, 1], of the steps that do not use the data set.
@@ -48,7 +52,7 @@ class Method:
     interleave_top_k: ≥ 1, a proposal stays if it is among that many of the target's most likely tokens.
 
   Raises:
-    ConfigError: a value outside its range, an unknown divergence, or a combination that teaches nothing.
+    ConfigError: an unknown name or divergence, a value outside its range, or a combination that teaches nothing.
   """
 
   name: str
@@ -67,6 +71,11 @@ class Method:
   interleave_top_k: int = 25
 
   def __post_init__(self):
+    if self.name.partition(":")[0] not in NAMES:
+      raise ConfigError(
+        f"unknown method {self.name!r}; there are {', '.join(NAMES)} (one of your own has the name of that which it"
+        " changes and a word after a colon, such as 'distillspec:mine')"
+      )
     divergences.by_name(self.divergence)
     for field in (*_FRACTIONS, *(f"{name}_end" for name in _FRACTIONS)):
       value = getattr(self, field)
@@ -185,7 +194,7 @@ def named(name: str, **overrides) -> Method:
     ConfigError: no such method or field (lists what exists), or a value outside its range.
   """
   if name not in METHODS:
-    raise ConfigError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    raise ConfigError(f"unknown method {name!r}; there are {', '.join(NAMES)}")
   fields = [field.name for field in dataclasses.fields(Method)]
   unknown = sorted(set(overrides) - set(fields))
   if unknown:

@@ -16,7 +16,6 @@ from distillspec_jax.decoding.speculative import check_pair
 from distillspec_jax.distillation import losses, rollouts
 from distillspec_jax.distillation.gradients import loss_gradients
 from distillspec_jax.distillation.methods import Method
-from distillspec_jax.models.model_config import DTYPES
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.tokens import PAD_ID
 from distillspec_jax.types import Batch, ConfigError, Params
@@ -289,36 +288,6 @@ def run_key(seed: int, mesh: jax.sharding.Mesh | None = None) -> jax.Array:
   """Make the key that all steps of a run get, where they want it."""
   sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
   return jax.jit(lambda: jax.random.key(seed), out_shardings=sharding)()
-
-
-def frozen(model, params: Params, dtype: str | None) -> tuple[Any, Params]:
-  """Give a model that is only read, such as a teacher, another dtype: bfloat16 halves its memory.
-
-  Args:
-    model: a LanguageModel.
-    params: its parameters; given away, leaf by leaf, where their dtype changes.
-    dtype: "float32" or "bfloat16", of its parameters and its matrices; None leaves both as they are.
-
-  Returns:
-    The model and its parameters.
-
-  Raises:
-    ConfigError: an unknown dtype.
-  """
-  if dtype is None:
-    return model, params
-  if dtype not in DTYPES:
-    raise ConfigError(f"unknown dtype {dtype!r} of a target; there are {', '.join(DTYPES)}")
-
-  def cast(leaf):
-    if leaf.dtype == dtype:
-      return leaf
-    other = leaf.astype(dtype)
-    other.block_until_ready()
-    leaf.delete()  # so that both copies of the whole never exist at a time
-    return other
-
-  return type(model)(dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype)), jax.tree.map(cast, params)
 
 
 def _metrics(config: StepConfig, sums: losses.LossSums, origin: rollouts.Origin, batch: Batch) -> Metrics:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distillspec_jax.decoding.sampling import argmax
-from distillspec_jax.distillation import step
+from distillspec_jax.distillation import precision, step
 from distillspec_jax.models import LanguageModel
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.planning import roofline
@@ -23,7 +23,6 @@ from distillspec_jax.planning.request import (
     cache_bytes,
     constrained_state,
     decoding_state,
-    of_dtype,
     parameter_bytes,
     resident_bytes,
     rollout_bytes,
@@ -139,7 +138,7 @@ def compile_passes(request: Request, topology: Topology, stand: Stand) -> dict[s
 
 def _compile_pass(name, model, queries, inputs, slots, mesh: Mesh, topology: Topology, stand: Stand) -> PassFigures:
   # Decoders bring parameters to the matrices' dtype once, before their loop.
-  model = of_dtype(model, model.config.dtype)
+  model = precision.of_dtype(model, model.config.dtype)
   log.info("compiling the %s's pass over %d token(s) ...", "draft" if name == "draft" else "target", queries)
   params, state = model.abstract_params(), decoding_state(model, 1, inputs, slots)
   where = partitioning.param_shardings(model, mesh)

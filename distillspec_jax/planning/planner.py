@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from distillspec_jax.analysis import cost_model
+from distillspec_jax.distillation import precision
 from distillspec_jax.planning import advice, compiled, request, topologies
 from distillspec_jax.planning.request import Request
 from distillspec_jax.planning.topologies import Topology
@@ -84,7 +85,7 @@ def _models(wanted: Request) -> dict[str, str]:
   teacher = wanted.teacher
   shown = {"draft": _described(wanted.student)}
   if teacher is not None:
-    kept = request.of_dtype(teacher, wanted.teacher_dtype) if wanted.teacher_dtype else teacher
+    kept = precision.of_dtype(teacher, wanted.teacher_dtype) if wanted.teacher_dtype else teacher
     shown = {"target": _described(kept)} | shown
   shown["step"] = (
       f"{wanted.step_config.method.name}, batch {wanted.batch_size}, {wanted.input_length} tokens in,"

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distillspec_jax.decoding.speculative import check_pair
-from distillspec_jax.distillation import step
+from distillspec_jax.distillation import precision, step
 from distillspec_jax.distillation.optimizers import OptimizerConfig
 from distillspec_jax.models import LanguageModel
-from distillspec_jax.models.model_config import DTYPES
 from distillspec_jax.parallel import partitioning
 from distillspec_jax.parallel.mesh import MeshConfig
 from distillspec_jax.planning import topologies
@@ -57,7 +56,7 @@ class Request:
     student = partitioning.lay_out(self.student, None, mesh, config.draft_partitioning)[0]
     if self.teacher is None:
       return student, None
-    teacher = of_dtype(self.teacher, self.teacher_dtype) if self.teacher_dtype else self.teacher
+    teacher = precision.of_dtype(self.teacher, self.teacher_dtype) if self.teacher_dtype else self.teacher
     return student, partitioning.lay_out(teacher, None, mesh, config.target_partitioning)[0]
 
   def with_step(self, **changes) -> Request:
@@ -77,11 +76,6 @@ class Request:
   @property
   def _outputs(self) -> int:
     return self.step_config.target_length
-
-
-def of_dtype(model: LanguageModel, dtype: str) -> LanguageModel:
-  """Give a model with parameters and matrices of a dtype, as `step.frozen` does with those that are there."""
-  return type(model)(dataclasses.replace(model.config, dtype=dtype, param_dtype=dtype))
 
 
 def check(request: Request, devices: int) -> None:
@@ -104,8 +98,7 @@ def check(request: Request, devices: int) -> None:
         f"DataConfig.batch_size is {request.batch_size}: StepConfig.accumulate = {accumulate} times data x fsdp ="
         f" {ways} devices must divide it"
     )
-  if request.teacher_dtype not in (None, *DTYPES):
-    raise ConfigError(f"train.target_dtype is {request.teacher_dtype!r}; there are {', '.join(DTYPES)}")
+  precision.check_dtype("train.target_dtype", request.teacher_dtype)
   if request.teacher is not None:
     check_pair(request.teacher, request.student)
   for role, model in (("model", request.student), ("target", request.teacher)):

@@ -6,11 +6,10 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator
 
-from distillspec_jax.distillation.methods import METHODS, SOURCES, Method, grid
+from distillspec_jax.distillation.methods import DIVERGENCES, METHODS, SOURCES, Method, grid
 from distillspec_jax.types import ConfigError
 
 NONE = "none"  # the fine-tuned draft, as it is
-_GRID_DIVERGENCES = ("fkl", "rkl", "jsd", "tvd")
 BASELINES = ("sft", "seqkd", "supervised_kd", "imitkd", "f_distill", "on_policy_gkd", "lk_lambda", "skd")
 
 
@@ -22,7 +21,7 @@ class StudyTask:
     name: of the seqio task.
     input_length, target_length: S and T in tokens.
     batch_size: rows of an update.
-    target, draft: the networks' gin files.
+    architecture: of its networks, whose gin files `StudyConfig` names: "t5" or "decoder_lm".
     vocabulary: the task on whose training texts the vocabulary is trained; None is the task's own vocabulary.
     whole_table: whether every method is run, or only the main ones.
     transfer: the task or mixture that the distilled draft is also evaluated on.
@@ -32,8 +31,7 @@ class StudyTask:
   input_length: int
   target_length: int
   batch_size: int
-  target: str = "models/t5_mini_target.gin"
-  draft: str = "models/t5_mini_draft.gin"
+  architecture: str = "t5"
   vocabulary: str | None = None
   whole_table: bool = False
   transfer: str | None = None
@@ -45,7 +43,7 @@ TASKS = {
     StudyTask("gsm8k", 128, 96, 16, vocabulary="gsm8k", whole_table=True, transfer="bbh"),
     StudyTask("multi30k", 48, 48, 32, vocabulary="multi30k"),
     StudyTask("debian_synopsis", 128, 24, 32, vocabulary="debian_synopsis", transfer="xsum"),
-    StudyTask("pydoc_lm", 48, 48, 32, "models/decoder_lm_mini_target.gin", "models/decoder_lm_mini_draft.gin"),
+    StudyTask("pydoc_lm", 48, 48, 32, "decoder_lm"),
   )
 }
 # On every task and with every seed: GKD, and two of GSM8K's best, at T = 0 and, of those, at T = 1 (docs/results.md).
@@ -148,7 +146,7 @@ def _lines(seeds: int) -> Iterator[Line]:
 def _whole_table() -> tuple[str, ...]:
   """The baselines and the grid, but for what the main lines are or what comes twice under two names."""
   known, recipes = {_recipe(Line("gsm8k", recipe, 0).method) for recipe in (*MAIN, *ONCE)}, []
-  for recipe in (*BASELINES, *(f"{divergence}/{source}" for divergence in _GRID_DIVERGENCES for source in SOURCES)):
+  for recipe in (*BASELINES, *(f"{divergence}/{source}" for divergence in DIVERGENCES for source in SOURCES)):
     what = _recipe(Line("gsm8k", recipe, 0).method)
     if what not in known:
       known.add(what)
@@ -157,7 +155,7 @@ def _whole_table() -> tuple[str, ...]:
 
 
 def _recipe(method: Method) -> Method:
-  return dataclasses.replace(method, name="")
+  return dataclasses.replace(method, name="distillspec")  # whatever it is called
 
 
 def same_as(recipe: str) -> str:

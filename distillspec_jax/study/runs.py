@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +11,11 @@ from typing import Any
 from distillspec_jax import weights
 from distillspec_jax.analysis import latency
 from distillspec_jax.analysis.costs import Pair
-from distillspec_jax.study import lines, trials
-from distillspec_jax.study.config import StudyConfig
+from distillspec_jax.study import finished, lines, trials
+from distillspec_jax.study.config import OF_PARTS, StudyConfig
 from distillspec_jax.study.lines import NONE, Line, Trial
 from distillspec_jax.study.stage import TEMPERATURES, Stage
 from distillspec_jax.weights import integrity
-
-# What of the settings a part depends on.
-_SIZE = ("pieces", "target_steps", "draft_steps", "distill_steps", "seeds", "prompts")
-
 
 def run(config: StudyConfig) -> list[dict[str, Any]]:
   """Make the lines and trials that are missing, and return all that there are, as they are in their files."""
@@ -29,6 +24,8 @@ def run(config: StudyConfig) -> list[dict[str, Any]]:
   parts = lines.parts(config.parts, config.seeds)
   for task in dict.fromkeys(part.task for part in parts):
     Stage(config, task).check_data()  # before hours of training
+  finished.check_models(config)
+  finished.read_all(config)
   for number, part in enumerate(parts, start=1):
     path = results / f"{part.name}.json"
     if path.is_file():
@@ -40,24 +37,21 @@ def run(config: StudyConfig) -> list[dict[str, Any]]:
     make = _line if isinstance(part, Line) else _trial
     found = _described(part, config) | make(Stage(config, part.task), part)
     integrity.write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
-  return [json.loads(path.read_text()) for path in sorted(pathlib.Path(results).glob("*.json"))]
+  return finished.read_all(config)
 
 
 def _described(part: Line | Trial, config: StudyConfig) -> dict[str, Any]:
-  size = {name: getattr(config, name) for name in _SIZE}
+  size = {name: getattr(config, name) for name in (*OF_PARTS, "seeds")}
   return {**dataclasses.asdict(part), "name": part.name, "study": size, "environment": latency.environment()}
 
 
 def _line(stage: Stage, line: Line) -> dict[str, Any]:
   """Train what the line needs and measure it."""
-  began = time.monotonic()
-  target, draft = stage.target(), stage.draft_of(line)
-  seconds = time.monotonic() - began
-  pair = Pair(*weights.load_model(target), *weights.load_model(draft))
+  pair = Pair(*weights.load_model(stage.target()), *weights.load_model(stage.draft_of(line)))
   measured = {task: stage.measured(pair, task, base=_base(stage, line, task)) for task in _measured_on(stage, line)}
   found = {
     "method": None if line.method is None else dataclasses.asdict(line.method),
-    "training_seconds": seconds,
+    "training_seconds": stage.training_seconds(line),
     "measured": measured.pop(stage.task.name),
     "transfer": measured,
   }

@@ -13,13 +13,14 @@ teacher-forced pass; the texts' own quality is the target's, whatever the draft.
 from __future__ import annotations
 
 import io
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from distillspec_jax import evaluation, task_results, train, weights
+from distillspec_jax import evaluation, run_log, task_results, train, weights
 from distillspec_jax.analysis import acceptance, block_law, measure
 from distillspec_jax.analysis.bootstrap import bootstrap_ci
 from distillspec_jax.analysis.costs import Pair
@@ -33,7 +34,6 @@ TEMPERATURES = {"t0": 0.0, "t1": 1.0}
 GAMMAS = (3, 5, 7)
 TEST = "test"  # the split of all measurements
 BATCH = 32  # prompts decoded or scored together
-TARGET_RATE, DRAFT_RATE = 1e-2, 2e-2  # learning rates: the target's width is three times the draft's
 
 
 class Stage:
@@ -54,42 +54,39 @@ class Stage:
 
   def target(self) -> str:
     """Return the target's directory."""
-    return self.fine_tuned("target", self.task.target, self.config.target_steps, 0, TARGET_RATE)
+    return self.fine_tuned("target", "target", 0)
 
   def draft_of(self, line: Line) -> str:
     """Return the directory of a line's draft: fine-tuned, or distilled from the target."""
     if line.recipe == NONE:
       return self.start(line.seed)
     start, target = self.start(line.seed), None if line.recipe == "sft" else self.target()
-    return self.distilled(line.name.removeprefix(f"{line.task}-"), line.recipe, target, start, line.seed, DRAFT_RATE)
+    return self.distilled(line.name.removeprefix(f"{line.task}-"), line.recipe, target, start, line.seed)
 
   def start(self, seed: int) -> str:
     """Return the directory of a seed's fine-tuned draft, from which its distillations begin."""
-    return self.fine_tuned(f"{NONE}-{seed}", self.task.draft, self.config.draft_steps, seed, DRAFT_RATE)
+    return self.fine_tuned(f"{NONE}-{seed}", "draft", seed)
 
-  def fine_tuned(
-    self, name: str, network: str, steps: int, seed: int, rate: float, shape: Mapping[str, Any] = {}
-  ) -> str:
+  def fine_tuned(self, name: str, role: str, seed: int, shape: Mapping[str, Any] = {}) -> str:
     """Train a model from scratch on the task's references.
 
     Args:
       name: of its folder.
-      network: its gin file.
-      steps: updates.
+      role: "target" or "draft": its network, updates and learning rate.
       seed: of its first parameters and of the data's order.
-      rate: learning rate.
       shape: fields of its configuration that differ from the gin file's.
 
     Returns:
       Its directory.
     """
-    kind = "T5Config" if "t5" in pathlib.Path(network).name else "DecoderLMConfig"
+    kind = {"t5": "T5Config", "decoder_lm": "DecoderLMConfig"}[self.task.architecture]
+    steps, rate = getattr(self.config, f"{role}_steps"), getattr(self.config, f"{role}_rate")
     bindings: dict[str, Any] = {"TRAIN_STEPS": steps, "SEED": seed, "LEARNING_RATE": rate}
     bindings |= {f"{kind}.{field}": value for field, value in shape.items()}
     if self.task.vocabulary:
       folder = self._vocabulary()
       bindings |= {"DataConfig.vocabulary": str(folder), f"{kind}.vocab_size": _padded(folder)}
-    return self._train(name, "runs/finetune.gin", [network], bindings)
+    return self._train(name, "runs/finetune.gin", [self.config.network(self.task.architecture, role)], bindings)
 
   def distilled(
     self,
@@ -98,10 +95,9 @@ class Stage:
     target: str | None,
     start: str,
     seed: int,
-    rate: float,
     changes: Mapping[str, Any] = {},
   ) -> str:
-    """Go on with a model by a recipe of the table.
+    """Go on with a model by a recipe of the table, at a draft's learning rate.
 
     Args:
       name: of the new folder.
@@ -109,7 +105,6 @@ class Stage:
       target: the teacher's directory; None for sft, the control: the same updates on the data alone.
       start: the directory of the model that is gone on with.
       seed: of the data's order and of sampling.
-      rate: learning rate.
       changes: gin bindings that differ from the table's.
 
     Returns:
@@ -117,7 +112,8 @@ class Stage:
     """
     divergence, slash, source = recipe.partition("/")
     files = ["methods/distillspec.gin"] if slash else [f"methods/{recipe}.gin"]
-    bindings: dict[str, Any] = {"TRAIN_STEPS": self.config.distill_steps, "SEED": seed, "LEARNING_RATE": rate}
+    usual = {"TRAIN_STEPS": self.config.distill_steps, "LEARNING_RATE": self.config.draft_rate}
+    bindings: dict[str, Any] = {**usual, "SEED": seed}
     bindings |= {"DIVERGENCE": divergence, "SOURCE": source} if slash else {}
     bindings |= changes
     if target is None:
@@ -137,6 +133,11 @@ class Stage:
     lines += ["TrainConfig.log_every = 50", "TrainConfig.checkpoint_every = 150", "TrainConfig.keep_checkpoints = 1"]
     train.run_from_gin([stage, *files], lines)
     return str(directory)
+
+  def training_seconds(self, line: Line) -> float:
+    """Add up the time that the steps of a line's draft took, in however many calls; without its start and compiling."""
+    lines = (pathlib.Path(self.draft_of(line)) / run_log.NAME).read_text().splitlines()
+    return max(json.loads(entry).get("cost/seconds", 0.0) for entry in lines)
 
   def _vocabulary(self) -> pathlib.Path:
     folder = self.folder / "vocabulary"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from distillspec_jax.distillation.methods import DIVERGENCES, SOURCES
 from distillspec_jax.study import lines as study_lines
 from distillspec_jax.study.lines import NONE, same_as
 
@@ -112,10 +113,9 @@ def _gain(found: Lines, key: str) -> str:
 
 def _grid(lines: Lines) -> str:
   found = {line["recipe"]: line["measured"] for line in lines if line["seed"] == 0}
-  sources = ("data", "draft", "target", "mixed")
-  rows = [["", *sources]]
-  for divergence in ("fkl", "rkl", "jsd", "tvd"):
-    names = [f"{divergence}/{source}" for source in sources]
+  rows = [["", *SOURCES]]
+  for divergence in DIVERGENCES:
+    names = [f"{divergence}/{source}" for source in SOURCES]
     rows.append([divergence, *(_both_temperatures(found.get(name) or found.get(same_as(name))) for name in names)])
   return _table(rows)
 

@@ -17,22 +17,19 @@ import numpy as np
 from distillspec_jax import weights
 from distillspec_jax.analysis import gamma_choice, latency, measure
 from distillspec_jax.analysis.costs import Pair
+from distillspec_jax.models import LanguageModel
 from distillspec_jax.study import lines
 from distillspec_jax.study.lines import BEST_GREEDY, MAIN, NONE, Line
-from distillspec_jax.study.stage import BATCH, DRAFT_RATE, TARGET_RATE, Stage, silently
+from distillspec_jax.study.stage import BATCH, Stage, silently
 
 # At T = 0 there is no distribution to be lenient with: the three rules are one.
 LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
-LARGER = {"num_decoder_layers": 14}  # than the mini target's 6: twice its parameters
+# Networks of other sizes, as factors of a field.
+LARGER = {"num_decoder_layers": 2}  # than the target
+LARGER_DRAFT = {"emb_dim": 2, "num_heads": 2, "mlp_dim": 2, "num_decoder_layers": 2}
+MIDDLE = {"emb_dim": 2 / 3, "num_heads": 2 / 3, "mlp_dim": 1 / 2, "num_decoder_layers": 1 / 2}  # of the target
 LONGER = 4  # times the table's updates
-SETTINGS: Mapping[str, Mapping[str, Any]] = {
-  "rate-halved": {"LEARNING_RATE": DRAFT_RATE / 2},
-  "rate-doubled": {"LEARNING_RATE": DRAFT_RATE * 2},
-  "loss-temperature-0.5": {"Method.loss_temperature": 0.5},
-}
-LARGER_DRAFT = {"emb_dim": 256, "num_heads": 8, "mlp_dim": 512, "num_decoder_layers": 2}
-MIDDLE = {"emb_dim": 256, "num_heads": 4, "mlp_dim": 512, "num_decoder_layers": 3}
 TIMED_PROMPTS, TIMED_ROUNDS = 16, 5
 
 
@@ -55,15 +52,15 @@ def lossy(stage: Stage) -> list[dict[str, Any]]:
 
 
 def larger_target(stage: Stage) -> dict[str, Any]:
-  """Put the drafts, distilled from the target, before a target twice as large, trained alone on the same data.
+  """Put the drafts, distilled from the target, before a target with twice the decoder layers, trained alone on the same data.
 
   Returns:
     {"parameters": of both targets, "lines": [{"recipe", "seed", "measured": what `Stage.measured` gives}]}.
   """
   name = "larger_target"
-  directory = stage.fine_tuned(name, stage.task.target, stage.config.target_steps, 0, TARGET_RATE, LARGER)
+  model, usual = weights.load_model(stage.target())
+  directory = stage.fine_tuned(name, "target", 0, _scaled(model, LARGER))
   larger, params = weights.load_model(directory)
-  _, usual = weights.load_model(stage.target())
   found: dict[str, Any] = {"parameters": {"target": _size(usual), "larger": _size(params)}, "lines": []}
   for line in lines.main_lines(stage.task.name, stage.config.seeds):
     pair = Pair(larger, params, *weights.load_model(stage.draft_of(line)))
@@ -96,19 +93,25 @@ def limits(stage: Stage) -> dict[str, Any]:
     {"method": the recipe, "draft_parameters": of both drafts, "lines": [{"recipe": the setting, "seed", "measured"}]}.
   """
   task, start = stage.task, stage.start(0)
-  larger = stage.fine_tuned("larger-draft", task.draft, stage.config.draft_steps, 0, DRAFT_RATE, LARGER_DRAFT)
-  measured = {name: _varied(stage, name, BEST_GREEDY, start, changes) for name, changes in SETTINGS.items()}
+  usual, rate = weights.load_model(start), stage.config.draft_rate
+  larger = stage.fine_tuned("larger-draft", "draft", 0, _scaled(usual[0], LARGER_DRAFT))
+  settings: dict[str, dict[str, Any]] = {
+    "rate-halved": {"LEARNING_RATE": rate / 2},
+    "rate-doubled": {"LEARNING_RATE": rate * 2},
+    "loss-temperature-0.5": {"Method.loss_temperature": 0.5},
+  }
+  measured = {name: _varied(stage, name, BEST_GREEDY, start, changes) for name, changes in settings.items()}
   measured["skd"] = _gained(stage, stage.draft_of(Line(task.name, "skd", 0)), start)
   measured["larger draft, none"] = stage.measured(_pair(stage.target(), larger), task.name)
   measured["larger draft"] = _varied(stage, "larger-draft-distilled", BEST_GREEDY, larger, {})
-  sizes = {name: _size(weights.load_model(draft)[1]) for name, draft in {"usual": start, "larger": larger}.items()}
+  sizes = {"usual": _size(usual[1]), "larger": _size(weights.load_model(larger)[1])}
   lines = [{"recipe": name, "seed": 0, "measured": of} for name, of in measured.items()]
   return {"method": BEST_GREEDY, "draft_parameters": sizes, "lines": lines}
 
 
 def _varied(stage: Stage, name: str, recipe: str, start: str, changes: Mapping[str, Any]) -> dict[str, Any]:
   """Distil a draft with changed settings and measure it against the draft it was."""
-  return _gained(stage, stage.distilled(name, recipe, stage.target(), start, 0, DRAFT_RATE, changes), start)
+  return _gained(stage, stage.distilled(name, recipe, stage.target(), start, 0, changes), start)
 
 
 def _gained(stage: Stage, draft: str, start: str) -> dict[str, Any]:
@@ -170,9 +173,9 @@ def _rungs(stage: Stage) -> dict[str, _Rung]:
   """Train what the ladder stands on; the small model is the draft itself."""
   method, large, small = BEST_GREEDY, stage.target(), stage.start(0)
   small_taught = stage.draft_of(Line(stage.task.name, method, 0))
-  middle = stage.fine_tuned("middle", stage.task.target, stage.config.target_steps, 0, TARGET_RATE, MIDDLE)
-  taught = stage.distilled("middle-taught", method, large, middle, 0, TARGET_RATE)
-  draft = stage.distilled("draft-for-middle", method, taught, small, 0, DRAFT_RATE)
+  middle = stage.fine_tuned("middle", "target", 0, _scaled(weights.load_model(large)[0], MIDDLE))
+  taught = stage.distilled("middle-taught", method, large, middle, 0, {"LEARNING_RATE": stage.config.target_rate})
+  draft = stage.distilled("draft-for-middle", method, taught, small, 0)
   return {
     "large": _Rung(large),
     "large, fine-tuned draft": _Rung(large, small),
@@ -184,6 +187,11 @@ def _rungs(stage: Stage) -> dict[str, _Rung]:
     "small": _Rung(small),
     "small, taught": _Rung(small_taught),
   }
+
+
+def _scaled(model: LanguageModel, factors: Mapping[str, float]) -> dict[str, int]:
+  """Give fields of a model's configuration, each times its factor."""
+  return {name: round(getattr(model.config, name) * factor) for name, factor in factors.items()}
 
 
 def _pair(target: str, draft: str) -> Pair:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from distillspec_jax.weights.checkpoints import RunCheckpoints, ensure_writable, save_description, save_model
+from distillspec_jax.weights.checkpoints import RunCheckpoints, check_description, ensure_writable, save_description, save_model
 from distillspec_jax.weights.loading import load_model
 from distillspec_jax.weights.vocabulary_files import vocabularies_match, vocabulary_dir
 
 __all__ = [
   "RunCheckpoints",
+  "check_description",
   "ensure_writable",
   "load_model",
   "save_description",

@@ -202,14 +202,21 @@ def save_description(directory: str | pathlib.Path, model: models.LanguageModel)
     ConfigError: the folder describes another model already, or cannot be written.
   """
   directory = ensure_writable(directory)
+  check_description(directory, model)
   path = directory / DESCRIPTION
-  description = json.loads(json.dumps(model.describe()))
-  if path.exists():
-    if strict_json.read(path) != description:
-      raise ConfigError(f"{directory} holds another model ({path} differs from the one given): choose another folder")
-    return
-  if multihost.is_first():
-    integrity.write_atomically(path, json.dumps(description, indent=2).encode() + b"\n")
+  if multihost.is_first() and not path.exists():
+    integrity.write_atomically(path, json.dumps(model.describe(), indent=2).encode() + b"\n")
+
+
+def check_description(directory: str | pathlib.Path, model: models.LanguageModel) -> None:
+  """Look whether MODEL_DIR may take a model.
+
+  Raises:
+    ConfigError: it describes another.
+  """
+  path = pathlib.Path(directory) / DESCRIPTION
+  if path.exists() and strict_json.read(path) != json.loads(json.dumps(model.describe())):
+    raise ConfigError(f"{directory} holds another model ({path} differs from the one given): choose another folder")
 
 
 def save_model(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from distillspec_jax.distillation import methods, step
+from distillspec_jax.distillation import methods, precision, step
 from distillspec_jax.distillation.optimizers import OptimizerConfig
 from distillspec_jax.models import T5, DecoderLM, DecoderLMConfig, T5Config
 from distillspec_jax.types import ConfigError
@@ -138,7 +138,7 @@ def test_a_teacher_in_bfloat16_takes_half_the_memory():
   params = model.init(jax.random.key(0))
   before = jax.tree.map(np.array, params)
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  other, halved = step.frozen(model, params, "bfloat16")
+  other, halved = precision.frozen(model, params, "bfloat16")
   assert other.config.dtype == other.config.param_dtype == "bfloat16"
   assert 2 * size(halved) == size(before) and all(leaf.is_deleted() for leaf in jax.tree.leaves(params))
   for ours, theirs in zip(jax.tree.leaves(halved), jax.tree.leaves(before), strict=True):
@@ -153,8 +153,24 @@ def test_a_teacher_in_bfloat16_takes_half_the_memory():
 def test_a_teacher_as_it_was_saved():
   model = LIGHT
   params = model.init(jax.random.key(0))
-  assert step.frozen(model, params, None) == (model, params)
-  same, kept = step.frozen(model, params, "float32")
+  assert precision.frozen(model, params, None) == (model, params)
+  same, kept = precision.frozen(model, params, "float32")
   assert same == model and not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
-  with pytest.raises(ConfigError, match="unknown dtype 'float16' of a target; there are float32, bfloat16"):
-    step.frozen(model, params, "float16")
+
+
+def test_a_student_has_float32_master_weights_whatever_it_was_saved_in():
+  saved = precision.of_dtype(LIGHT, "bfloat16")
+  params = saved.init(jax.random.key(0))
+  before = jax.tree.map(np.array, params)
+  student, master = precision.trained(saved, params, None)
+  assert (student.config.dtype, student.config.param_dtype) == ("bfloat16", "float32")
+  assert precision.trained(student, master, "float32")[0].config.dtype == "float32"
+  for ours, theirs in zip(jax.tree.leaves(master), jax.tree.leaves(before), strict=True):
+    assert ours.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(ours), theirs.astype(np.float32))
+
+
+def test_an_unknown_dtype():
+  precision.check_dtype("train.dtype", None)
+  with pytest.raises(ConfigError, match="train.dtype is 'float16'; there are float32, bfloat16"):
+    precision.check_dtype("train.dtype", "float16")

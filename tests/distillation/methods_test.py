@@ -1,6 +1,7 @@
 """Pin the table of methods against the paper's, and the gin files against the table."""
 
 import ast
+import dataclasses
 import itertools
 import pathlib
 
@@ -101,7 +102,7 @@ def test_what_is_needed_takes_every_step_into_account(steps, corners):
   """Against a walk over all steps with exact fractions."""
   fixed, fixed_end, draft, draft_end = corners
   method = methods.Method(
-      "test",
+      "distillspec:test",
       "fkl",
       fixed_data_fraction=fixed,
       draft_data_fraction=draft,
@@ -141,6 +142,13 @@ def test_gin_file_says_what_the_table_says(name):
   bindings = dict(line.split(" = ", 1) for line in lines if line and not line.startswith("#"))
   values = {key.removeprefix("Method."): ast.literal_eval(value) for key, value in bindings.items()}
   assert methods.Method(**values) == methods.named(name)
+
+
+def test_a_name_that_is_none_lists_those_that_there_are():
+  assert methods.NAMES == tuple(methods.METHODS) and set(methods.NAMES) == set(PAPER)
+  with pytest.raises(ConfigError, match="unknown method 'gkdd'; there are sft, seqkd, .*lk_alpha"):
+    dataclasses.replace(methods.named("imitkd"), name="gkdd")
+  assert dataclasses.replace(methods.named("imitkd"), name="imitkd:annealed").needs_data
 
 
 def test_each_gin_file_is_a_method():

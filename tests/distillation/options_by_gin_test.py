@@ -23,7 +23,7 @@ SHAPE |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
 OPTIONS = [
   "StepConfig.accumulate = 2", "StepConfig.remat = True", "StepConfig.speculative_rollouts = 2",
   "OptimizerConfig.ema_decay = 0.9", "TrainConfig.eval_gamma = 2", "TrainConfig.stop_after = 50",
-  "train.target_dtype = 'bfloat16'",
+  "train.dtype = 'bfloat16'", "train.target_dtype = 'bfloat16'",
 ]  # fmt: skip
 
 
@@ -55,14 +55,16 @@ def test_all_of_them_in_one_run_that_goes_on(target, tmp_path):
   assert all(1.0 <= line[name] <= 3.0 for line in validated for name in ("block_efficiency_t0", "block_efficiency_t1"))
   assert sum(line.get("sequences/target", 0) + line.get("sequences/draft", 0) for line in log) == 8 * 16
   model, params = weights.load_model(tmp_path)
-  assert not model.config.remat and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+  assert not model.config.remat and model.config.dtype == "bfloat16"
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
   ("binding", "message"),
   [
     ("StepConfig.accumulate = 3", "batch_size is 16: StepConfig.accumulate = 3 times data x fsdp = 8 devices must"),
-    ("train.target_dtype = 'int8'", "unknown dtype 'int8' of a target; there are float32, bfloat16"),
+    ("train.target_dtype = 'int8'", "train.target_dtype is 'int8'; there are float32, bfloat16"),
+    ("train.dtype = 'int8'", "train.dtype is 'int8'; there are float32, bfloat16"),
     ("OptimizerConfig.ema_decay = 2.0", r"ema_decay is 2.0; it must be in \(0, 1\)"),
     ("TrainConfig.stop_after = -1", "stop_after is -1; it must be at least 0"),
   ],

@@ -12,7 +12,7 @@ from distillspec_jax.types import ConfigError
 
 
 def a_method(fixed, draft, **fields):
-  return methods.Method("test", "fkl", fixed_data_fraction=fixed, draft_data_fraction=draft, **fields)
+  return methods.Method("distillspec:test", "fkl", fixed_data_fraction=fixed, draft_data_fraction=draft, **fields)
 
 
 def draws(method, number):
