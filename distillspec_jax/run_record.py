@@ -14,7 +14,7 @@ from distillspec_jax.distillation.methods import Method
 from distillspec_jax.models import LanguageModel
 from distillspec_jax.parallel import multihost
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import integrity
+from distillspec_jax.weights import integrity, strict_json
 
 NAME, _CONFIG, _LOGITS = "run.json", "config.gin", "target_logits"
 
@@ -82,12 +82,9 @@ def begin(
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON ({error}): it is damaged; choose another MODEL_DIR") from error
-  if not isinstance(found, dict):
-    raise ConfigError(f"{path} is not what a run writes: it should hold one object; choose another MODEL_DIR")
-  return found
+    return strict_json.read(path)
+  except ConfigError as error:
+    raise ConfigError(f"{error}; choose another MODEL_DIR") from error
 
 
 def method_of(record: Mapping[str, Any]) -> str:

@@ -202,8 +202,8 @@ def test_models_of_other_settings_are_refused(done, small, untrained):
 
 
 @pytest.mark.parametrize("text, message", [
-  ('{"task": "tiny_judged", "rec', "is not JSON .* delete it, and what it held is made again"),
-  ("[]", "holds no JSON object"),
+  ('{"task": "tiny_judged", "rec', "cannot be read as JSON .* delete it, and what it held is made again"),
+  ("[]", "is not a JSON object"),
   ('{"rungs": 3}', "is no part of a study: move it away"),
   ('{"task": "t", "recipe": "none", "name": "other", "study": {}}', "is no part of a study: move it away"),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 from distillspec_jax.study.config import OF_MODELS, OF_PARTS, StudyConfig
 from distillspec_jax.types import ConfigError
-from distillspec_jax.weights import integrity
+from distillspec_jax.weights import integrity, strict_json
 
 _SETTINGS = "study.json"  # in OUTPUT_DIR
 # Files from before a setting existed were made with what it now defaults to.
@@ -58,9 +58,6 @@ def _require_same(path: pathlib.Path, found: Mapping[str, Any], config: StudyCon
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ConfigError(f"{path} is not JSON ({error}): delete it, and what it held is made again") from error
-  if not isinstance(found, dict):
-    raise ConfigError(f"{path} holds no JSON object: move it away, or choose another RESULTS_DIR")
-  return found
+    return strict_json.read(path)
+  except ConfigError as error:
+    raise ConfigError(f"{error}; delete it, and what it held is made again") from error

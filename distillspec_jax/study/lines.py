@@ -103,6 +103,7 @@ TRIALS = (
   Trial("debian_synopsis", "limits"),
   Trial("multi30k", "lossy"),
   Trial("multi30k", "larger_target"),
+  Trial("debian_synopsis", "larger_target"),
   Trial("debian_synopsis", "ladder"),
 )
 

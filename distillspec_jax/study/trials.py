@@ -26,7 +26,7 @@ from distillspec_jax.study.stage import BATCH, Stage, silently
 LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
 # Networks of other sizes, as factors of a field.
-LARGER = {"num_decoder_layers": 2}  # than the target
+LARGER = {"num_decoder_layers": 2.5}  # than the target: twice the mini target's parameters
 LARGER_DRAFT = {"emb_dim": 2, "num_heads": 2, "mlp_dim": 2, "num_decoder_layers": 2}
 MIDDLE = {"emb_dim": 2 / 3, "num_heads": 2 / 3, "mlp_dim": 1 / 2, "num_decoder_layers": 1 / 2}  # of the target
 LONGER = 4  # times the table's updates
@@ -52,7 +52,7 @@ def lossy(stage: Stage) -> list[dict[str, Any]]:
 
 
 def larger_target(stage: Stage) -> dict[str, Any]:
-  """Put the drafts, distilled from the target, before a target with twice the decoder layers, trained alone on the same data.
+  """Put the drafts, distilled from the target, before a target twice as large, trained alone on the same data.
 
   Returns:
     {"parameters": of both targets, "lines": [{"recipe", "seed", "measured": what `Stage.measured` gives}]}.
