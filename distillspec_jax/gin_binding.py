@@ -21,6 +21,7 @@ from typing import Any
 
 import gin
 from absl import flags
+from gin import config_parser
 
 from distillspec_jax.cli import near, one_line
 from distillspec_jax.types import ConfigError
@@ -190,24 +191,26 @@ def _check_macros(texts: Iterable[str]) -> None:
 
 def _check_was_read(binding: str, texts: Iterable[str]) -> None:
   """Refuse a binding of the command line that changed nothing."""
-  name, equals, _ = binding.partition("=")
-  name = name.strip()
   read = gin.config._OPERATIVE_CONFIG  # gin offers it as text only
-  if not equals or (name, "gin.macro") in read:
-    return
-  configurable, dot, parameter = name.rpartition(".")
-  if not dot:
-    reader = re.compile(rf"^\s*([\w./]+)\s*=.*%{re.escape(name)}\b", re.MULTILINE)
-    for_ = dict.fromkeys(key for text in texts for key in reader.findall(_without_comments(text)))
-    raise ConfigError(
-      f"--gin.{name} changes nothing: {' and '.join(for_)} would read it, and these gin files set or use that otherwise:"
-      " leave it out, or give other gin files"
-    )
-  kind = configurable.rpartition("/")[2].rpartition(".")[2]
-  if not any(parameter in values for (_, selector), values in read.items() if selector.rpartition(".")[2] == kind):
-    raise ConfigError(
-      f"--gin.{name} changes nothing: nothing in these gin files uses @{kind}: leave it out, or give other gin files"
-    )
+  for statement in config_parser.ConfigParser(binding, gin.config.ParserDelegate()):
+    if not isinstance(statement, config_parser.BindingStatement):
+      continue
+    scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
+    if not parameter:
+      name = f"{scope}/{selector}" if scope else selector
+      if (name, "gin.macro") in read:
+        continue
+      reader = re.compile(rf"^\s*([\w./]+)\s*=.*%{re.escape(name)}\b", re.MULTILINE)
+      for_ = dict.fromkeys(key for text in texts for key in reader.findall(_without_comments(text)))
+      why = f"{' and '.join(for_) or 'what would read it'} is set otherwise"
+    else:
+      kind = selector.rpartition(".")[2]
+      name = f"{scope}/{kind}.{parameter}" if scope else f"{kind}.{parameter}"
+      of_kind = {where: values for (where, used), values in read.items() if used.rpartition(".")[2] == kind}
+      if any(parameter in values for where, values in of_kind.items() if not scope or where == scope):
+        continue
+      why = f"nothing in these gin files uses @{scope}/{kind}" if scope else f"nothing in these gin files uses @{kind}"
+    raise ConfigError(f"--gin.{name} changes nothing: {why}; leave it out, or give other gin files")
 
 
 def _without_comments(text: str) -> str:

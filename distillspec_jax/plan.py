@@ -19,7 +19,7 @@ from distillspec_jax import cli  # first: it quietens TensorFlow before it loads
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,14 +97,7 @@ def request_from_gin(
       f"method {method.name!r} learns from the data alone, but train.target is {arguments['target']!r}: choose another"
       " method, or give --target_model alone to plan decoding with a target"
     )
-  student = _described("draft", arguments.get("initial_checkpoint"), draft_model)
-  if student is None and arguments.get("model") is not None:
-    student = models.from_config(arguments["model"])
-  if student is None:
-    raise ConfigError("nothing to train: give --draft_model, train.model or train.initial_checkpoint")
-  if dtype := arguments.get("dtype"):
-    precision.check_dtype("train.dtype", dtype)
-    student = precision.of_dtype(student, dtype, student.config.param_dtype)
+  student = _student(arguments, draft_model)
   teacher = _described("target", arguments.get("target"), target_model)
   if method.needs_target and teacher is None:
     raise ConfigError(f"method {method.name!r} needs a target: give --target_model or train.target")
@@ -133,6 +126,19 @@ def _arguments(files: Sequence[str], bindings: Sequence[str]) -> dict[str, Any]:
     if _NO_MODEL_DIR not in str(error):
       raise
   return train.arguments_from_gin(files, [*bindings, "MODEL_DIR = 'none'"])
+
+
+def _student(arguments: Mapping[str, Any], draft_model: str) -> models.LanguageModel:
+  """Find the model that is trained, in the dtypes that `train` brings it to."""
+  dtype = arguments.get("dtype")
+  precision.check_dtype("train.dtype", dtype)
+  loaded = _described("draft", arguments.get("initial_checkpoint"), draft_model)
+  if loaded is not None:
+    return precision.of_dtype(loaded, dtype or loaded.config.dtype, precision.MASTER)
+  if arguments.get("model") is None:
+    raise ConfigError("nothing to train: give --draft_model, train.model or train.initial_checkpoint")
+  model = models.from_config(arguments["model"])
+  return precision.of_dtype(model, dtype, model.config.param_dtype) if dtype else model
 
 
 def _described(role: str, directory: str | None, flag: str) -> models.LanguageModel | None:

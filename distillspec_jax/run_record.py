@@ -40,7 +40,7 @@ def check(directory: pathlib.Path, record: Mapping[str, Any]) -> None:
     return
   found = _read(directory / NAME)
   for name, value in record.items():
-    if found.get(name) != value:
+    if _kind(name, found.get(name)) != _kind(name, value):
       was, now = (_short(name, part) for part in (found.get(name), value))
       raise ConfigError(f"{directory} holds a run with {name} {was}, this one has {now}: choose another MODEL_DIR")
 
@@ -66,7 +66,9 @@ def begin(
   """
   found = _read(directory / NAME) if exists(directory) else {}
   known = found.get(_LOGITS)
-  if target_logits and known and not target_check.same(known, target_logits):
+  if known is not None and not (isinstance(known, list) and all(isinstance(logit, float) for logit in known)):
+    raise ConfigError(f"{directory / NAME}: its {_LOGITS} are no list of numbers, it is damaged; choose another MODEL_DIR")
+  if target_logits and known and not target_check.same(known, target_logits, record["target"]["config"]["dtype"]):
     raise ConfigError(
       f"{directory} holds a run whose target had other weights (the same text gets other logits): give the target that"
       " it began with, or choose another MODEL_DIR"
@@ -91,6 +93,13 @@ def method_of(record: Mapping[str, Any]) -> str:
   """Say in a few words by which method a run learns: its name, divergence, λ1 and λ2."""
   method = record["method"]
   return f"{method['name']} ({method['divergence']}, {method['fixed_data_fraction']}, {method['draft_data_fraction']})"
+
+
+def _kind(name: str, value: Any) -> Any:
+  """Leave out what says nothing of the kind: what a method is called."""
+  if name == "method" and isinstance(value, dict):
+    return {field: part for field, part in value.items() if field != "name"}
+  return value
 
 
 def _short(name: str, value: Any) -> str:

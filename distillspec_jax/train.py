@@ -95,12 +95,12 @@ def train(
     looked = None
     if setup.teacher:
       looked = target_check.look(setup.teacher.model, setup.teacher.params, setup.mesh, setup.teacher.directory)
-    # Only now, when nothing is refused any more: a record would stand in the way of the corrected command.
-    run_record.begin(setup.directory, setup.record, setup.student.model, looked, config_text)
     optimizing = optimizer.build(loop_config.steps)
     checkpoints = weights.RunCheckpoints(setup.directory, keep=loop_config.keep_checkpoints)
     try:
       state, parts = _resumed(setup, data, step_config, loop_config, optimizing, checkpoints)
+      # Only now, when nothing is refused any more: a record would stand in the way of the corrected command.
+      run_record.begin(setup.directory, setup.record, setup.student.model, looked, config_text)
       state = _run(loop_config, dataclasses.replace(parts, notice=notice), state, setup.directory)
     finally:
       checkpoints.close()

@@ -23,8 +23,9 @@ from distillspec_jax.distillation import loop, methods, optimizers, precision, s
 from distillspec_jax.parallel import mesh as meshes
 from distillspec_jax.parallel import multihost, partitioning
 from distillspec_jax.types import ConfigError, Params
-from distillspec_jax.weights import vocabulary_files
+from distillspec_jax.weights import checkpoint_folder, vocabulary_files
 
+_NAMED = 4  # fields at most in a line of text
 _SEEN_WITHIN = 15.0  # seconds: network file systems show a new file to others with a delay
 
 _Place = tuple[jax.sharding.Mesh | None, str]  # a mesh, and which of partitioning.TABLES a model follows on it
@@ -204,13 +205,14 @@ def choose_vocabulary(directory: pathlib.Path, data: pipeline.DataConfig, given:
     weights.vocabularies_match(folders[0], other)
   own = directory / "vocabulary"
   if folders:
-    vocabulary_files.copy(folders[0], directory)
+    _first_vocabulary(folders[0], directory)
   if note := vocabulary_files.unchecked(*given):
     multihost.say(note)
   if data.vocabulary:
     with tempfile.TemporaryDirectory() as folder:
       vocabularies.save(vocabularies.given(data.vocabulary), folder)
-      vocabulary_files.copy(folder, directory)  # refused where it is another than the models'
+      put = vocabulary_files.copy if folders else _first_vocabulary  # refused where it is another than the models'
+      put(folder, directory)
   elif not folders and not run_record.exists(directory):  # a run that has begun keeps the vocabulary it began with
     vocabulary_files.refuse_foreign(*given)
     if given:
@@ -218,6 +220,20 @@ def choose_vocabulary(directory: pathlib.Path, data: pipeline.DataConfig, given:
     task, _ = next(iter(lookup.find_tasks(data.task, data.split, prepared=False).values()))
     vocabularies.save(task.output_features["targets"].vocabulary, own)
   return str(own)
+
+
+def _first_vocabulary(source: str | pathlib.Path, directory: pathlib.Path) -> None:
+  """Put a vocabulary into MODEL_DIR; another that a refused run left there, without a run or model, is set aside."""
+  try:
+    vocabulary_files.copy(source, directory)
+  except ConfigError:
+    if run_record.exists(directory) or weights.is_described(directory):
+      raise
+    own = directory / vocabulary_files.VOCABULARY
+    aside = checkpoint_folder.free_name(own)
+    own.rename(aside)
+    vocabulary_files.copy(source, directory)
+    multihost.say(f"{own} was of no run and no model: it is {aside} now")
 
 
 def _held_out(
@@ -257,11 +273,9 @@ def _say_what_is_not_looked_at(config, model: models.LanguageModel, directory: s
   if config is None or config == model.config:
     return
   kind, own = type(config).__name__, vars(model.config)
-  differing = [name for name, value in vars(config).items() if value != own.get(name)]
-  multihost.say(
-    f"train.model is not looked at, the network is that of {directory}; they differ in"
-    f" {', '.join(f'{kind}.{name}' for name in differing)}"
-  )
+  differing = [f"{kind}.{name}" for name, value in vars(config).items() if value != own.get(name)]
+  named = ", ".join(differing) if len(differing) <= _NAMED else f"{len(differing)} fields of {kind}"
+  multihost.say(f"train.model is not looked at, the network is that of {directory}; they differ in {named}")
 
 
 def _teacher(target: str | None, method: methods.Method, place: _Place, dtype: str | None) -> Side | None:

@@ -89,8 +89,10 @@ def test_distillspecs_grid_is_two_macros():
 @pytest.mark.parametrize(
   "files, binding, message",
   [
-    (["methods/on_policy_gkd.gin"], "DIVERGENCE = 'rkl'", "--gin.DIVERGENCE changes nothing: Method.divergence would"),
-    (["methods/imitkd.gin"], "SOURCE = 'data'", "fixed_data_fraction.source and draft_data_fraction.source would read"),
+    (["methods/on_policy_gkd.gin"], "DIVERGENCE = 'rkl'", "--gin.DIVERGENCE changes nothing: Method.divergence is set"),
+    (["methods/imitkd.gin"], "SOURCE = 'data'", "fixed_data_fraction.source and draft_data_fraction.source is set"),
+    (["methods/skd.gin"], "TRAIN_STEPS = 3\nDIVERGENCE = 'rkl'", "--gin.DIVERGENCE changes nothing"),
+    ([], "mine/Method.loss_temperature = 0.5", "--gin.mine/Method.loss_temperature changes nothing: nothing in these"),
     ([], "T5Config.dtype = 'bfloat16'", "--gin.T5Config.dtype changes nothing: nothing in these gin files uses @T5Config"),
   ],
 )
@@ -102,7 +104,7 @@ def test_a_binding_that_the_run_would_not_read_is_an_error(files, binding, messa
 
 def test_what_the_run_reads_is_no_error(tmp_path):
   """Macros that methods of another file do not read may stand in files: they are defaults."""
-  read = ["MODEL_DIR = 'out'", "import json", "DIVERGENCE = 'rkl'", "distillspec_jax.TrainConfig.steps = 3"]
+  read = ["MODEL_DIR = 'out'", "import json", "DIVERGENCE = 'rkl'", "# c\ndistillspec_jax.TrainConfig.steps = 3"]
   arguments = train.arguments_from_gin(["runs/distill.gin"], [*read, "fixed_data_fraction.source = 'data'"])
   assert arguments["step_config"].method.divergence == "rkl" and arguments["loop_config"].steps == 3
   assert arguments["step_config"].method.fixed_data_fraction == 1.0

@@ -195,11 +195,27 @@ def test_bad_input_is_one_line_before_the_first_step(case, pair, bad, tmp_path, 
   assert not any((tmp_path / "out" / name).exists() for name in ("checkpoints", "run.json", "model.json"))
 
 
-def test_a_refused_run_does_not_stand_in_the_corrected_ones_way(pair, bad, tmp_path, no_step):
-  with pytest.raises(ConfigError, match="the target's logits are NaN"):
-    distill(tmp_path, pair, f"TARGET = {str(bad / 'overflow')!r}", method="skd")
+@pytest.mark.parametrize("binding, message", [
+  ("TARGET = 'BAD/overflow'", "the target's logits are NaN"),
+  ("OptimizerConfig.warmup_steps = 99", "the cosine starts at step 99 of 2"),
+])  # fmt: skip
+def test_a_refused_run_does_not_stand_in_the_corrected_ones_way(pair, bad, tmp_path, no_step, binding, message):
+  with pytest.raises(ConfigError, match=message):
+    distill(tmp_path, pair, binding.replace("BAD", str(bad)), method="skd")
   with pytest.raises(AssertionError, match="came as far as the first step"):
     distill(tmp_path, pair, method="imitkd")
+
+
+def test_the_vocabulary_of_a_refused_run_is_set_aside(pair, bad, tmp_path, no_step):
+  other, own = bad / "other_vocabulary", weights.vocabulary_dir(pair / "draft")
+  with pytest.raises(ConfigError, match="needs a target"):
+    finetune(tmp_path, macro("INITIAL_CHECKPOINT", other), "Method.divergence = 'fkl'")
+  with pytest.raises(AssertionError, match="came as far as the first step"):
+    finetune(tmp_path, macro("INITIAL_CHECKPOINT", pair / "draft"))
+  weights.vocabularies_match(own, tmp_path / "vocabulary")
+  weights.vocabularies_match(weights.vocabulary_dir(other), tmp_path / "vocabulary-2")
+  with pytest.raises(ConfigError, match="the vocabularies differ"):  # it is the run's now
+    finetune(tmp_path, macro("INITIAL_CHECKPOINT", other))
 
 
 def test_a_target_of_the_same_shape_with_other_weights(pair, tmp_path, no_step):
@@ -211,6 +227,12 @@ def test_a_target_of_the_same_shape_with_other_weights(pair, tmp_path, no_step):
       distill(tmp_path / "out", pair, method="imitkd")
   with pytest.raises(ConfigError, match="holds a run whose target had other weights .* choose another MODEL_DIR"):
     distill(tmp_path / "out", pair, macro("TARGET", tmp_path / "other"), method="imitkd")
+  with pytest.raises(AssertionError, match="came as far as the first step"):  # a name is no other method
+    distill(tmp_path / "out", pair, "Method.name = 'imitkd:mine'", method="imitkd")
+  record = json.loads((tmp_path / "out" / "run.json").read_text())
+  (tmp_path / "out" / "run.json").write_text(json.dumps(record | {"target_logits": [None]}))
+  with pytest.raises(ConfigError, match="its target_logits are no list of numbers, it is damaged"):
+    distill(tmp_path / "out", pair, method="imitkd")
 
 
 def test_a_network_beside_a_checkpoint_is_not_passed_over_in_silence(pair, tmp_path, no_step, capsys):

@@ -196,6 +196,10 @@ def test_models_come_from_flags_directories_and_names(tmp_path, tiny, monkeypatc
   cooled = plan.request_from_gin([RUN], ["train.dtype = 'bfloat16'"], **tiny)
   assert (cooled.student.config.dtype, cooled.student.config.param_dtype) == ("bfloat16", "float32")
   assert cooled.teacher == wanted.teacher
+  file = tmp_path / "halved.gin"
+  file.write_text(TINY.format(width=32) + "T5Config.dtype = 'bfloat16'\nT5Config.param_dtype = 'bfloat16'\n")
+  master = plan.request_from_gin([RUN], [], target_model=tiny["target_model"], draft_model=str(file)).student.config
+  assert (master.dtype, master.param_dtype) == ("bfloat16", "float32")  # as `train` brings it to its devices
   named = plan.request_from_gin([RUN], [])
   assert named.teacher == T5(T5Config.named("t5_1_1_xxl", dtype="bfloat16"))
   assert named.student == T5(T5Config.named("t5_1_1_small", dtype="bfloat16"))

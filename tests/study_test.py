@@ -113,8 +113,7 @@ def test_a_study_from_gin_to_tables_and_resumed(small, capsys):
   made = {path: path.stat().st_mtime_ns for path in (small / "results").glob("*.json")}
   (small / "results" / "tiny_judged-tvd_data-0.json").unlink()
   again = run(small)
-  same = lambda line: {k: v for k, v in line.items() if k != "training_seconds"}
-  assert json.dumps(list(map(same, again))) == json.dumps(list(map(same, parts)))
+  assert json.dumps(again) == json.dumps(parts) and all(line["step_seconds"] > 0 for line in found)
   kept = [path.name for path, stamp in made.items() if path.stat().st_mtime_ns == stamp]
   assert set(kept) == {path.name for path in made} - {"tiny_judged-tvd_data-0.json"}
   text = tables.as_markdown(parts)
@@ -178,6 +177,8 @@ ONLY = "PARTS = 'tiny_judged-none-0'"
 
 
 def test_finished_parts_of_other_settings_are_refused(done, small, untrained):
+  with pytest.raises(ConfigError, match="target_steps = 60, and this study has 61: give that, or another RESULTS_DIR"):
+    run(small, ONLY, "StudyConfig.target_steps = 61")  # and it notes nothing that would stand in the corrected one's way
   assert [part["name"] for part in run(small, ONLY)] == [done.stem]
   for binding, said in (
     ("StudyConfig.prompts = 5", "was made with StudyConfig.prompts = 6, and this study has 5"),
@@ -198,6 +199,12 @@ def test_models_of_other_settings_are_refused(done, small, untrained):
   done.unlink()
   with pytest.raises(ConfigError, match=r"study.json was made with StudyConfig.draft_rate = 0.02.* another OUTPUT_DIR"):
     run(small, ONLY, "StudyConfig.draft_rate = 0.01")
+  (small / "out" / "study.json").unlink()  # models from before settings were noted have the defaults
+  (small / "out" / "tiny_judged").mkdir()
+  with pytest.raises(ConfigError, match="out was made with StudyConfig.t5_target = 'models/t5_mini_target.gin'"):
+    run(small, ONLY)
+  with pytest.raises(ConfigError, match="no gin file 'models/t5_mini_draf.gin'.* did you mean"):
+    run(small, ONLY, "StudyConfig.t5_draft = 'models/t5_mini_draf.gin'")
   assert not untrained
 
 

@@ -247,6 +247,7 @@ def test_bad_input_is_one_line_before_anything_compiles(case, pair, tmp_path, no
     finetune(tmp_path / "out", *bindings)
   text = str(caught.value)
   assert expected in text and "\n" not in text, text
+  assert not any((tmp_path / "out" / name).exists() for name in ("run.json", "model.json"))
   assert not (tmp_path / "out" / "checkpoints").exists() or not any((tmp_path / "out" / "checkpoints").iterdir())
 
 

@@ -138,7 +138,7 @@ def train_batches(
 
   Raises:
     ConfigError: unknown task or split, empty split, batch not divisible among hosts, a place of other data, examples
-      that cannot be packed (known of the first rows when this is called, of the others when they come).
+      that cannot be used or packed (known of the first rows when this is called, of the others when they come).
   """
   if config.pack and packed_rows not in ("pairs", "texts"):
     raise ConfigError(f"rows can be packed of 'pairs' or 'texts', not {packed_rows!r}: set DataConfig.pack to False")
@@ -174,7 +174,7 @@ def train_batches(
   elif first:
     for name, (task, _) in tasks.items():
       _log_cut(name, task, config)
-  if config.pack and place is None:
+  if place is None:
     for reader in readers.values():
       reader.look_ahead()
   return BatchIterator(mixer, identity, rows)

@@ -23,7 +23,7 @@ class StudyConfig:
     pieces: of each trained vocabulary.
     target_steps, draft_steps, distill_steps: updates of each kind of training.
     seeds: of the main recipes.
-    prompts: test prompts of a line; the lossy trial decodes three times as many.
+    prompts: test prompts of a line; the lossy trial and the ladder decode three times as many.
     budget_minutes: begin no line and no trial after this time; None goes on to the end.
   """
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from distillspec_jax.study import lines
 from distillspec_jax.study.config import OF_MODELS, OF_PARTS, StudyConfig
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import integrity, strict_json
@@ -26,9 +27,11 @@ def read_all(config: StudyConfig) -> list[dict[str, Any]]:
   parts = []
   for path in sorted(pathlib.Path(config.results_dir).glob("*.json")):
     part = _object(path)
-    if part.get("name") != path.stem or not {"task", "study"} <= part.keys() or not {"recipe", "kind"} & part.keys():
+    whole = part.get("name") == path.stem and "task" in part and isinstance(part.get("study"), dict)
+    if not whole or not {"recipe", "kind"} & part.keys():
       raise ConfigError(f"{path} is no part of a study: move it away, or choose another RESULTS_DIR")
-    _require_same(path, part["study"], config, OF_PARTS, "RESULTS_DIR and another OUTPUT_DIR")
+    _require_same(path, part["study"], config, OF_MODELS, "RESULTS_DIR and another OUTPUT_DIR")
+    _require_same(path, part["study"], config, OF_PARTS, "RESULTS_DIR")
     parts.append(part)
   return parts
 
@@ -41,8 +44,10 @@ def check_models(config: StudyConfig) -> None:
   """
   path = pathlib.Path(config.output_dir) / _SETTINGS
   if path.is_file():
-    _require_same(path, _object(path), config, OF_MODELS, "OUTPUT_DIR")
+    _require_same(path, strict_json.read(path), config, OF_MODELS, "OUTPUT_DIR")
     return
+  if any((path.parent / task).exists() for task in lines.TASKS):  # from before settings were noted
+    _require_same(path.parent, {}, config, OF_MODELS, "OUTPUT_DIR")
   settings = {name: getattr(config, name) for name in OF_MODELS}
   integrity.write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
 

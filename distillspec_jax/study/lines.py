@@ -103,7 +103,6 @@ TRIALS = (
   Trial("debian_synopsis", "limits"),
   Trial("multi30k", "lossy"),
   Trial("multi30k", "larger_target"),
-  Trial("debian_synopsis", "larger_target"),
   Trial("debian_synopsis", "ladder"),
 )
 

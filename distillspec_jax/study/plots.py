@@ -10,6 +10,7 @@ from distillspec_jax.study import tables
 from distillspec_jax.study.lines import BEST_GREEDY, MAIN, NONE
 
 Parts = Sequence[Mapping[str, Any]]
+_TICKS = (1, 2, 5, 10, 20)
 _TAU = {"greedy": "tau_t0_gamma7", "T = 1": "tau_t1_gamma7"}
 _GAINS = {"greedy": "gain_t0_gamma7", "T = 1": "gain_t1_gamma7"}
 
@@ -86,17 +87,22 @@ def _lossy(found: Parts) -> bytes:
 
 
 def _ladder(found: Mapping[str, Any]) -> bytes:
-  """Draw quality against relative latency, a point a rung."""
+  """Draw quality against relative latency, a point a rung: a colour for each target, a mark for each way to decode it."""
   rungs = found["rungs"]
   metric = tables.metric_of(next(iter(rungs.values())))
+  targets = [name for name, rung in rungs.items() if "gamma" not in rung]
+  marks = {"": "o", ", fine-tuned draft": "^", ", distilled draft": "D"}
 
   def drawing(axes, theme):
-    for number, (name, rung) in enumerate(rungs.items()):
+    for number, target in enumerate(targets):
       color = theme.series[number % len(theme.series)]
-      mark = "D" if "gamma" in rung else "o"
-      axes.plot([rung["relative_latency"]], [rung[metric]], mark, color=color, label=name)
+      for draft, mark in marks.items():
+        if rung := rungs.get(target + draft):
+          point = [rung["relative_latency"]], [rung[metric]]
+          axes.plot(*point, mark, color=color, label=None if draft else target)
     axes.set_xscale("log")
-    axes.set_xlabel("latency, relative to the small model's")
+    axes.set_xticks(_TICKS, [f"{tick}" for tick in _TICKS])
+    axes.set_xlabel("relative latency (● plain, ▲ fine-tuned draft, ◆ distilled draft)")
     axes.set_ylabel(metric)
 
   return figures.draw(drawing, figures.LIGHT)

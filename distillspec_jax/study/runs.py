@@ -14,7 +14,7 @@ from distillspec_jax.analysis.costs import Pair
 from distillspec_jax.study import finished, lines, trials
 from distillspec_jax.study.config import OF_PARTS, StudyConfig
 from distillspec_jax.study.lines import NONE, Line, Trial
-from distillspec_jax.study.stage import TEMPERATURES, Stage
+from distillspec_jax.study.stage import TEMPERATURES, Stage, step_seconds
 from distillspec_jax.weights import integrity
 
 def run(config: StudyConfig) -> list[dict[str, Any]]:
@@ -23,9 +23,9 @@ def run(config: StudyConfig) -> list[dict[str, Any]]:
   weights.ensure_writable(config.output_dir)
   parts = lines.parts(config.parts, config.seeds)
   for task in dict.fromkeys(part.task for part in parts):
-    Stage(config, task).check_data()  # before hours of training
-  finished.check_models(config)
+    Stage(config, task).check()  # before hours of training
   finished.read_all(config)
+  finished.check_models(config)
   for number, part in enumerate(parts, start=1):
     path = results / f"{part.name}.json"
     if path.is_file():
@@ -47,11 +47,12 @@ def _described(part: Line | Trial, config: StudyConfig) -> dict[str, Any]:
 
 def _line(stage: Stage, line: Line) -> dict[str, Any]:
   """Train what the line needs and measure it."""
-  pair = Pair(*weights.load_model(stage.target()), *weights.load_model(stage.draft_of(line)))
+  target, draft = stage.target(), stage.draft_of(line)
+  pair = Pair(*weights.load_model(target), *weights.load_model(draft))
   measured = {task: stage.measured(pair, task, base=_base(stage, line, task)) for task in _measured_on(stage, line)}
   found = {
     "method": None if line.method is None else dataclasses.asdict(line.method),
-    "training_seconds": stage.training_seconds(line),
+    "step_seconds": step_seconds(draft),
     "measured": measured.pop(stage.task.name),
     "transfer": measured,
   }
@@ -80,4 +81,4 @@ def _said(found: Mapping[str, Any]) -> str:
     f"T={name[1]}: alpha {measured[f'alpha_{name}']:.3f}, tau {measured[f'tau_{name}_gamma7']:.2f} at gamma 7"
     for name in TEMPERATURES
   ]
-  return f"  {'; '.join(figures)}; trained {found['training_seconds']:.0f} s"
+  return f"  {'; '.join(figures)}; steps took {found['step_seconds']:.0f} s"

@@ -43,12 +43,15 @@ class Stage:
     self.config, self.task = config, TASKS[task]
     self.folder = pathlib.Path(config.output_dir) / task
 
-  def check_data(self) -> None:
-    """Look for the data of the task and of its transfer.
+  def check(self) -> None:
+    """Look for the data of the task and of its transfer, and for the networks.
 
     Raises:
-      ConfigError: they are not prepared.
+      ConfigError: data are not prepared, or a network's gin file is missing or wrong.
     """
+    for role in ("target", "draft"):
+      network = self.config.network(self.task.architecture, role)
+      train.arguments_from_gin(["runs/finetune.gin", network], ["MODEL_DIR = 'none'"])
     for name in filter(None, (self.task.name, self.task.transfer)):
       lookup.find_tasks(name, TEST, lookup.Changes(data_dir=self.config.data_dir))
 
@@ -133,11 +136,6 @@ class Stage:
     lines += ["TrainConfig.log_every = 50", "TrainConfig.checkpoint_every = 150", "TrainConfig.keep_checkpoints = 1"]
     train.run_from_gin([stage, *files], lines)
     return str(directory)
-
-  def training_seconds(self, line: Line) -> float:
-    """Add up the time that the steps of a line's draft took, in however many calls; without its start and compiling."""
-    lines = (pathlib.Path(self.draft_of(line)) / run_log.NAME).read_text().splitlines()
-    return max(json.loads(entry).get("cost/seconds", 0.0) for entry in lines)
 
   def _vocabulary(self) -> pathlib.Path:
     folder = self.folder / "vocabulary"
@@ -249,6 +247,12 @@ class Stage:
     arrays = {"prompts": examples.encoder_input_tokens, "tokens": rows.tokens, "lengths": rows.lengths}
     integrity.write_atomically(path, _as_npz(arrays))
     return rows.tokens, rows.lengths
+
+
+def step_seconds(directory: str) -> float:
+  """Give the time that a training's steps took, in however many calls; compiling and loading are not in it."""
+  lines = (pathlib.Path(directory) / run_log.NAME).read_text().splitlines()
+  return max(json.loads(line).get("cost/seconds", 0.0) for line in lines)
 
 
 def silently(items: Sequence, label: str) -> Sequence:

@@ -26,7 +26,7 @@ from distillspec_jax.study.stage import BATCH, Stage, silently
 LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
 # Networks of other sizes, as factors of a field.
-LARGER = {"num_decoder_layers": 2.5}  # than the target: twice the mini target's parameters
+LARGER = {"num_decoder_layers": 2}  # than the target
 LARGER_DRAFT = {"emb_dim": 2, "num_heads": 2, "mlp_dim": 2, "num_decoder_layers": 2}
 MIDDLE = {"emb_dim": 2 / 3, "num_heads": 2 / 3, "mlp_dim": 1 / 2, "num_decoder_layers": 1 / 2}  # of the target
 LONGER = 4  # times the table's updates
@@ -52,7 +52,7 @@ def lossy(stage: Stage) -> list[dict[str, Any]]:
 
 
 def larger_target(stage: Stage) -> dict[str, Any]:
-  """Put the drafts, distilled from the target, before a target twice as large, trained alone on the same data.
+  """Put the drafts, distilled from the target, before a target of twice the decoder layers, trained alone on the same data.
 
   Returns:
     {"parameters": of both targets, "lines": [{"recipe", "seed", "measured": what `Stage.measured` gives}]}.
@@ -134,7 +134,7 @@ def ladder(stage: Stage) -> dict[str, Any]:
   other prompts. Relative latency is a rung's time a prompt over that of the smallest model's plain decoding.
   """
   rungs = _rungs(stage)
-  examples = stage.examples(stage.task.name, stage.config.prompts)
+  examples = stage.examples(stage.task.name, 3 * stage.config.prompts)
   timed, others, _ = np.split(examples.encoder_input_tokens, (TIMED_PROMPTS, 2 * TIMED_PROMPTS))
   loaded = {path: weights.load_model(path) for rung in rungs.values() for path in (rung.target, rung.draft) if path}
   found, calls = {}, {}
@@ -146,9 +146,10 @@ def ladder(stage: Stage) -> dict[str, Any]:
       found[name] |= _decoded(stage, examples, pair, config, measure.decode_plain)
       calls[name] = functools.partial(measure.decode_plain, pair, timed, config, silently)
       continue
-    choice = gamma_choice.choose_gamma(pair, others, config)
+    choice = gamma_choice.choose_gamma(pair, others if len(others) else timed, config)
     config = dataclasses.replace(config, gamma=choice.gamma)
-    found[name] |= {"gamma": choice.gamma, "alpha": choice.alpha, "draft_parameters": _size(pair.draft_params)}
+    found[name] |= {"gamma": choice.gamma, "alpha": choice.alpha, "predicted_speedup": choice.predicted_speedup}
+    found[name] |= {"draft_parameters": _size(pair.draft_params)}
     found[name] |= _decoded(stage, examples, pair, config)
     calls[name] = functools.partial(measure.decode_speculatively, pair, timed, config, silently)
   timings = latency.interleaved(calls, TIMED_ROUNDS)

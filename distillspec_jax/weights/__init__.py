@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from distillspec_jax.weights.checkpoints import RunCheckpoints, check_description, ensure_writable, save_description, save_model
+from distillspec_jax.weights.checkpoints import (
+  RunCheckpoints,
+  check_description,
+  ensure_writable,
+  is_described,
+  save_description,
+  save_model,
+)
 from distillspec_jax.weights.loading import load_model
 from distillspec_jax.weights.vocabulary_files import vocabularies_match, vocabulary_dir
 
@@ -10,6 +17,7 @@ __all__ = [
   "RunCheckpoints",
   "check_description",
   "ensure_writable",
+  "is_described",
   "load_model",
   "save_description",
   "save_model",

@@ -215,8 +215,20 @@ def check_description(directory: str | pathlib.Path, model: models.LanguageModel
     ConfigError: it describes another.
   """
   path = pathlib.Path(directory) / DESCRIPTION
-  if path.exists() and strict_json.read(path) != json.loads(json.dumps(model.describe())):
-    raise ConfigError(f"{directory} holds another model ({path} differs from the one given): choose another folder")
+  found, given = strict_json.read(path) if path.exists() else {}, json.loads(json.dumps(model.describe()))
+  if not found or found == given:
+    return
+  was, now = (shown.get("config") if isinstance(shown.get("config"), dict) else {} for shown in (found, given))
+  differing = [f"{name} {was.get(name)!r}, not {value!r}" for name, value in now.items() if was.get(name) != value]
+  raise ConfigError(
+    f"{directory} holds another model ({path} differs from the one given: {'; '.join(differing) or 'architecture'}):"
+    " choose another folder"
+  )
+
+
+def is_described(directory: str | pathlib.Path) -> bool:
+  """Say whether a folder describes a model."""
+  return (pathlib.Path(directory) / DESCRIPTION).exists()
 
 
 def save_model(

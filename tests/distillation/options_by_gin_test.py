@@ -11,6 +11,7 @@ pytest.importorskip("seqio", reason="training from tasks needs seqio and TensorF
 import tiny_task  # noqa: E402, F401
 
 from distillspec_jax import train, weights  # noqa: E402
+from distillspec_jax.distillation import precision  # noqa: E402
 from distillspec_jax.types import ConfigError  # noqa: E402
 
 SMALL = [
@@ -56,6 +57,19 @@ def test_all_of_them_in_one_run_that_goes_on(target, tmp_path):
   assert sum(line.get("sequences/target", 0) + line.get("sequences/draft", 0) for line in log) == 8 * 16
   model, params = weights.load_model(tmp_path)
   assert not model.config.remat and model.config.dtype == "bfloat16"
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_a_draft_that_was_saved_in_bfloat16_is_trained_in_float32_and_gone_on_with(target, tmp_path):
+  model, params = weights.load_model(target)
+  half = precision.of_dtype(model, "bfloat16")
+  saved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+  weights.save_model(tmp_path / "half", half, saved, weights.vocabulary_dir(target))
+  given = macro("DRAFT", tmp_path / "half"), "Method.draft_data_fraction = 1.0"
+  for steps in (2, 4):
+    assert distill(tmp_path / "out", target, *given, f"TRAIN_STEPS = {steps}")["step"] == steps
+  model, params = weights.load_model(tmp_path / "out")
+  assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "float32")
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
