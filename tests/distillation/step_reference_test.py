@@ -207,7 +207,7 @@ def steps(method, tx):
 @pytest.fixture(params=CASES)
 def taken(request, keep_gradients):
   """The method and what `steps` gives; its name is in no number, so that methods alike but for it share a program."""
-  method = dataclasses.replace(CASES[request.param], name="any")
+  method = dataclasses.replace(CASES[request.param], name="distillspec")
   return method, steps(method, keep_gradients)
 
 
@@ -246,7 +246,7 @@ def test_the_gradient_is_the_loss_with_the_sequences_held_fixed(taken):
 
 
 def test_interleaved_sequences_hold_tokens_of_both(keep_gradients):
-  method = dataclasses.replace(CASES["skd"], name="any")
+  method = dataclasses.replace(CASES["skd"], name="distillspec")
   ((_, metrics, _),) = steps(method, keep_gradients).values()
   kept, proposed = metrics["rollout_kept"]
   assert 0 < kept < proposed
