@@ -224,16 +224,14 @@ def choose_vocabulary(directory: pathlib.Path, data: pipeline.DataConfig, given:
 
 def _first_vocabulary(source: str | pathlib.Path, directory: pathlib.Path) -> None:
   """Put a vocabulary into MODEL_DIR; another that a refused run left there, without a run or model, is set aside."""
-  try:
-    vocabulary_files.copy(source, directory)
-  except ConfigError:
-    if run_record.exists(directory) or weights.is_described(directory):
-      raise
-    own = directory / vocabulary_files.VOCABULARY
-    aside = checkpoint_folder.free_name(own)
-    own.rename(aside)
-    vocabulary_files.copy(source, directory)
-    multihost.say(f"{own} was of no run and no model: it is {aside} now")
+  own = directory / vocabulary_files.VOCABULARY
+  if not (run_record.exists(directory) or weights.is_described(directory)):
+    given, found = (vocabulary_files.fingerprint(folder) for folder in (source, own))
+    if given and found and given != found:
+      aside = checkpoint_folder.free_name(own)
+      own.rename(aside)
+      multihost.say(f"{own} was of no run and no model: it is {aside} now")
+  vocabulary_files.copy(source, directory)
 
 
 def _held_out(

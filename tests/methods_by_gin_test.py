@@ -135,6 +135,14 @@ def test_the_opposite_corner_as_the_command_of_the_readme(pair, tmp_path):
 # Bad input.
 
 
+def test_a_damaged_vocabulary_is_one_line_in_a_new_folder(pair, tmp_path):
+  shutil.copytree(pair / "draft", tmp_path / "draft")
+  (tmp_path / "draft" / "vocabulary" / "vocabulary.json").write_text('{"kind')
+  with pytest.raises(ConfigError, match="vocabulary.json cannot be read as JSON"):
+    finetune(tmp_path / "out", macro("INITIAL_CHECKPOINT", tmp_path / "draft"))
+  assert not (tmp_path / "out" / "run.json").exists()
+
+
 @pytest.fixture
 def no_step(monkeypatch):
   def made(*args):
