@@ -134,7 +134,7 @@ def _student(arguments: Mapping[str, Any], draft_model: str) -> models.LanguageM
   precision.check_dtype("train.dtype", dtype)
   loaded = _described("draft", arguments.get("initial_checkpoint"), draft_model)
   if loaded is not None:
-    return precision.of_dtype(loaded, dtype or loaded.config.dtype, precision.MASTER)
+    return precision.with_master_weights(loaded, dtype)
   if arguments.get("model") is None:
     raise ConfigError("nothing to train: give --draft_model, train.model or train.initial_checkpoint")
   model = models.from_config(arguments["model"])

@@ -171,12 +171,11 @@ def train_batches(
   mixer = streams.Mixer(readers, rates, own, config.seed, host_index, packed=config.pack)
   if place is not None:
     mixer.restore(place)
-  elif first:
-    for name, (task, _) in tasks.items():
-      _log_cut(name, task, config)
-  if place is None:
-    for reader in readers.values():
-      reader.look_ahead()
+    return BatchIterator(mixer, identity, rows)
+  for name, (task, _) in tasks.items() if first else ():
+    _log_cut(name, task, config)
+  for reader in readers.values():
+    reader.look_ahead()
   return BatchIterator(mixer, identity, rows)
 
 

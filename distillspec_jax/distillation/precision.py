@@ -29,6 +29,11 @@ def of_dtype(model: LanguageModel, dtype: str, param_dtype: str | None = None) -
   return type(model)(dataclasses.replace(model.config, dtype=dtype, param_dtype=param_dtype or dtype))
 
 
+def with_master_weights(model: LanguageModel, dtype: str | None) -> LanguageModel:
+  """Give a model that is trained float32 parameters, and a dtype to compute in; None leaves what the model says."""
+  return of_dtype(model, dtype or model.config.dtype, MASTER)
+
+
 def frozen(model: LanguageModel, params: Params, dtype: str | None) -> tuple[LanguageModel, Params]:
   """Give a model that is only read, such as a teacher, another dtype: bfloat16 halves its memory.
 
@@ -44,7 +49,7 @@ def frozen(model: LanguageModel, params: Params, dtype: str | None) -> tuple[Lan
 
 
 def trained(model: LanguageModel, params: Params, dtype: str | None) -> tuple[LanguageModel, Params]:
-  """Give a model that is trained float32 parameters, and a dtype to compute in.
+  """Do `with_master_weights` with the parameters too.
 
   Args:
     model: the model.
@@ -54,7 +59,7 @@ def trained(model: LanguageModel, params: Params, dtype: str | None) -> tuple[La
   Returns:
     The model and its parameters.
   """
-  return of_dtype(model, dtype or model.config.dtype, MASTER), _cast(params, MASTER)
+  return with_master_weights(model, dtype), _cast(params, MASTER)
 
 
 def _cast(params: Params, dtype: str) -> Any:

@@ -72,4 +72,5 @@ OF_MODELS = (
   "draft_steps",
   "distill_steps",
 )
-OF_PARTS = (*OF_MODELS, "prompts")
+OF_MEASUREMENTS = ("prompts",)
+OF_PARTS = (*OF_MODELS, *OF_MEASUREMENTS)

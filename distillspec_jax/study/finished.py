@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distillspec_jax.study import lines
-from distillspec_jax.study.config import OF_MODELS, OF_PARTS, StudyConfig
+from distillspec_jax.study.config import OF_MEASUREMENTS, OF_MODELS, StudyConfig
 from distillspec_jax.types import ConfigError
 from distillspec_jax.weights import integrity, strict_json
 
@@ -31,7 +31,7 @@ def read_all(config: StudyConfig) -> list[dict[str, Any]]:
     if not whole or not {"recipe", "kind"} & part.keys():
       raise ConfigError(f"{path} is no part of a study: move it away, or choose another RESULTS_DIR")
     _require_same(path, part["study"], config, OF_MODELS, "RESULTS_DIR and another OUTPUT_DIR")
-    _require_same(path, part["study"], config, OF_PARTS, "RESULTS_DIR")
+    _require_same(path, part["study"], config, OF_MEASUREMENTS, "RESULTS_DIR")
     parts.append(part)
   return parts
 

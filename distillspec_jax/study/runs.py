@@ -17,6 +17,7 @@ from distillspec_jax.study.lines import NONE, Line, Trial
 from distillspec_jax.study.stage import TEMPERATURES, Stage, step_seconds
 from distillspec_jax.weights import integrity
 
+
 def run(config: StudyConfig) -> list[dict[str, Any]]:
   """Make the lines and trials that are missing, and return all that there are, as they are in their files."""
   began, results = time.monotonic(), weights.ensure_writable(config.results_dir)
