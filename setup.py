@@ -39,7 +39,7 @@ REQUIRED = [
 EXTRAS = {
   "test": [
     "pytest>=9.2",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "hypothesis>=6.170",
     "msgpack>=1.1",
     "safetensors>=0.8.0",
