@@ -95,6 +95,8 @@ def elsewhere(tmp_path):
   caller; `describe` finds nothing unless it is there.
   """
 
+  under_nohup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what is ignored here, a script cannot catch
+
   def call(script, *arguments, codes=None, **environment):
     notes = tmp_path / "notes"
     notes.write_text("")
@@ -112,7 +114,8 @@ def elsewhere(tmp_path):
     )
     return done, [json.loads(line) for line in notes.read_text().splitlines()]
 
-  return call
+  yield call
+  signal.signal(signal.SIGHUP, under_nohup)
 
 
 @pytest.fixture

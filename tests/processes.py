@@ -11,7 +11,10 @@ import tempfile
 import time
 
 TESTS = pathlib.Path(__file__).resolve().parent
-LESS_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Neither optimised nor cut into parts to be compiled side by side.
+LESS_OPTIMISED = (
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 @dataclasses.dataclass(frozen=True)
