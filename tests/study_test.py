@@ -147,7 +147,7 @@ def untrained(monkeypatch):
 
 
 def test_every_trial_to_tables_and_plots(small, untrained, monkeypatch):
-  others = [Trial("tiny_judged", kind) for kind in trials.TRIALS if kind != "larger_target"]
+  others = [Trial("tiny_judged", kind) for kind in trials.TRIALS if kind not in trials.LARGER]
   monkeypatch.setattr(study_lines, "TRIALS", tuple(others))
   parts = run(small, "StudyConfig.distill_steps = 250", f"PARTS = {','.join(trial.name for trial in others)!r}")
   check_trials({part["kind"]: part["found"] for part in parts})

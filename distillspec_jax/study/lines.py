@@ -103,6 +103,7 @@ TRIALS = (
   Trial("debian_synopsis", "limits"),
   Trial("multi30k", "lossy"),
   Trial("multi30k", "larger_target"),
+  Trial("multi30k", "twice_the_target"),
   Trial("debian_synopsis", "ladder"),
 )
 

@@ -203,6 +203,7 @@ _TRIALS = {
   "limits": _limits,
   "lossy": _lossy,
   "larger_target": _larger_target,
+  "twice_the_target": _larger_target,
   "ladder": _ladder,
 }
 

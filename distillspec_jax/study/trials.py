@@ -26,7 +26,7 @@ from distillspec_jax.study.stage import BATCH, Stage, silently
 LOSSY = ((1.0, "lossy_lin"), (1.0, "lossy_sq"), (1.0, "lossy_exp"), (0.0, "lossy_exp"))
 LENIENCES = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03)
 # Networks of other sizes, as factors of a field.
-LARGER = {"num_decoder_layers": 2}  # than the target
+LARGER = {"larger_target": 2, "twice_the_target": 2.5}  # times the decoder layers; the second has twice the parameters
 LARGER_DRAFT = {"emb_dim": 2, "num_heads": 2, "mlp_dim": 2, "num_decoder_layers": 2}
 MIDDLE = {"emb_dim": 2 / 3, "num_heads": 2 / 3, "mlp_dim": 1 / 2, "num_decoder_layers": 1 / 2}  # of the target
 LONGER = 4  # times the table's updates
@@ -51,15 +51,18 @@ def lossy(stage: Stage) -> list[dict[str, Any]]:
   return found
 
 
-def larger_target(stage: Stage) -> dict[str, Any]:
-  """Put the drafts, distilled from the target, before a target of twice the decoder layers, trained alone on the same data.
+def larger_target(stage: Stage, name: str = "larger_target") -> dict[str, Any]:
+  """Put the drafts, distilled from the target, before a larger target, trained alone on the same data.
+
+  Args:
+    stage: of the task.
+    name: of the size, in LARGER, and of the larger target's folder.
 
   Returns:
     {"parameters": of both targets, "lines": [{"recipe", "seed", "measured": what `Stage.measured` gives}]}.
   """
-  name = "larger_target"
   model, usual = weights.load_model(stage.target())
-  directory = stage.fine_tuned(name, "target", 0, _scaled(model, LARGER))
+  directory = stage.fine_tuned(name, "target", 0, _scaled(model, {"num_decoder_layers": LARGER[name]}))
   larger, params = weights.load_model(directory)
   found: dict[str, Any] = {"parameters": {"target": _size(usual), "larger": _size(params)}, "lines": []}
   for line in lines.main_lines(stage.task.name, stage.config.seeds):
@@ -207,6 +210,6 @@ TRIALS: Mapping[str, Callable[[Stage], Any]] = {
   "longer": longer,
   "limits": limits,
   "lossy": lossy,
-  "larger_target": larger_target,
+  **{name: functools.partial(larger_target, name=name) for name in LARGER},
   "ladder": ladder,
 }
