@@ -127,14 +127,10 @@ def test_another_vocabulary_or_prompt_is_refused(made, tmp_path):
   assert all(text["inputs"].startswith("sum: numbers in") for text in found.texts)
 
 
-def test_evaluation_only_stays_so(numbers, tmp_path):
-  kept = task_info.of("numbers")
-  task_info.add("numbers", task_info.TaskInfo(evaluation_only=True))
-  try:
-    with pytest.raises(ConfigError, match="is for evaluation only"):
-      lookup.refuse_training(write(tmp_path))
-  finally:
-    task_info.add("numbers", kept)
+def test_evaluation_only_stays_so(numbers, tmp_path, monkeypatch):
+  monkeypatch.setitem(task_info._KNOWN, "numbers", task_info.TaskInfo(evaluation_only=True))
+  with pytest.raises(ConfigError, match="is for evaluation only"):
+    lookup.refuse_training(write(tmp_path))
 
 
 def test_what_is_not_there_or_not_whole_is_one_line(numbers, tmp_path):
