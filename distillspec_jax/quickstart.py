@@ -39,6 +39,7 @@ _SMOKE_BINDINGS = {
     "TrainConfig.eval_every": 10,
     "TrainConfig.eval_examples": 32,
 }
+_SMOKE_PROMPTS, _SMOKE_TIMING_PROMPTS = 32, 4
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,7 +100,7 @@ def _evaluate_all(output: pathlib.Path, clock) -> dict[str, dict[str, dict[str, 
   """Evaluate both drafts at each temperature on test prompts: {"t0": {"before": metrics, "after": metrics}, ...}."""
   clock("5/5 evaluate both drafts on test prompts")
   evaluator = _Evaluator(output, clock)
-  number = 32 if _SMOKE.value else _NUM_EXAMPLES.value
+  number = _SMOKE_PROMPTS if _SMOKE.value else _NUM_EXAMPLES.value
   results = {}
   for name, temperature in TEMPERATURES.items():
     of_gamma = functools.partial(evaluator.run, temperature=temperature)
@@ -138,7 +139,8 @@ class _Evaluator:
         gamma=gamma,
         temperature=temperature,
         decode_batch_size=16,  # a batch goes on until its slowest row has ended
-        timing_prompts=min(num_examples, 48),  # prompts differ more than repeated runs of one do
+        # Many: prompts differ more than repeated runs of one do.
+        timing_prompts=_SMOKE_TIMING_PROMPTS if _SMOKE.value else min(num_examples, 48),
         timing_repeats=2,
         seed=_SEED.value,
     )

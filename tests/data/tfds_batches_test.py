@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from distillspec_jax.data import pipeline
+from distillspec_jax.data import lookup, pipeline, streams
 from distillspec_jax.data.host_tensorflow import seqio
 
 COUNT = 50
@@ -126,3 +126,12 @@ def test_one_hosts_place_serves_every_host(data_dir, name):
   place = json.loads(json.dumps(zero.state()))
   assert numbers_of(make(data_dir, name, 1, 2, place), 3) == numbers_of(one, 3)
   assert numbers_of(make(data_dir, name, 0, 2, place), 3) == numbers_of(zero, 3)
+
+
+@pytest.mark.parametrize("packed", [None, "pairs"])
+def test_no_iterator_has_a_thread_that_its_end_would_wait_for(data_dir, packed):
+  """TensorFlow's tuning thread sleeps for up to a minute; the option must outlive what is done to the data set."""
+  task = lookup.find_tasks("file_tasks:many_files", "train", lookup.Changes(data_dir=data_dir))["many_files"][0]
+  assert task.get_dataset(None, "train").options().autotune.enabled is not False
+  epochs = streams.Epochs(task, "train", {"inputs": 4, "targets": 4}, 0, seqio.ShardInfo(0, 1), 2, packed)
+  assert epochs._open(0, 3).batch(2).prefetch(4).options().autotune.enabled is False
