@@ -45,7 +45,7 @@ def epoch_dataset(
   )
   options = tf.data.Options()
   # TensorFlow's tuning thread sleeps for up to a minute, and an iterator that goes may wait for it: a pause of 10 to
-  # 20 s at one epoch's end in twelve was seen. Without it reading is also 5 to 25% faster (benchmarks/data.py).
+  # 20 s at one epoch's end in twelve was seen. Without it reading is also 3 to 23% faster (benchmarks/data.py).
   options.autotune.enabled = False
   return dataset.with_options(options)
 
