@@ -44,8 +44,8 @@ def epoch_dataset(
     try_in_mem_cache=False,  # each epoch is another data set, a cache would only cost memory
   )
   options = tf.data.Options()
-  # TensorFlow's tuning thread sleeps for up to a minute, and an iterator that goes may wait for it: a pause of 10 to
-  # 20 s at one epoch's end in twelve was seen. Without it reading is also 3 to 23% faster (benchmarks/data.py).
+  # TensorFlow's tuning thread sleeps for up to a minute, and an iterator that goes may wait for it: three of 39 epochs'
+  # ends took 9 to 21 s. Without it reading is also 3 to 23% faster (docs/benchmarks.md).
   options.autotune.enabled = False
   return dataset.with_options(options)
 
